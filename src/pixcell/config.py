@@ -1,0 +1,206 @@
+"""Recipes: complete, validated descriptions of a run, as YAML in and YAML out.
+
+A configuration class lives in the module of the thing it configures; a recipe composes them. Values are
+frozen, a key that does not exist is refused (with the nearest one that does), and the resolved recipe is
+saved beside the result, so that reading it tells the whole run.
+"""
+
+import difflib
+import functools
+import operator
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pixcell.errors import RecipeError
+from pixcell.files import write_text
+
+__all__ = ["Config", "find_recipe", "load_recipe", "parse_recipe", "recipe_names", "save_recipe"]
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, and a mistyped key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def with_changes(self, **changes: Any) -> Self:
+        """Return a copy with some fields replaced, validated again."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys without a word; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _recipe_folders() -> list[Path]:
+    package = Path(__file__).parent
+    return [folder for folder in (package / "recipes", package.parents[1] / "recipes") if folder.is_dir()]
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted({path.stem for folder in _recipe_folders() for path in folder.glob("*.yaml")})
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe: a path, or the name of one that comes with the package.
+
+    Raises:
+        RecipeError: If there is neither such a file nor such a name.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    # "recipes/nano.yaml" works from a checkout as a path, and anywhere else as a name.
+    if path.suffix in ("", ".yaml") and path.parent in (Path(), Path("recipes")):
+        for folder in _recipe_folders():
+            if (folder / f"{path.stem}.yaml").is_file():
+                return folder / f"{path.stem}.yaml"
+    near = _nearest(path.stem, recipe_names())
+    raise RecipeError(
+        f"no recipe {str(name)!r}: it is neither a file nor one of the recipes of the package "
+        f"({', '.join(recipe_names())}).{near}"
+    )
+
+
+def load_recipe(kind: type[ConfigT], name: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read, override and validate a recipe.
+
+    Args:
+        kind: The configuration class that the recipe must fit.
+        name: A YAML file, or the name of a recipe of the package.
+        overrides: ``"section.key=value"``, applied in order; the value is YAML.
+
+    Raises:
+        RecipeError: Names the file, the key, the value, the rule, and the nearest valid key.
+    """
+    path = find_recipe(name)
+    try:
+        # A subclass of SafeLoader: no Python objects can be built from the file.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    if content is not None and not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold keys and values, not {type(content).__name__}.")
+    return parse_recipe(kind, content or {}, overrides, source=str(path))
+
+
+def parse_recipe(
+    kind: type[ConfigT], content: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe"
+) -> ConfigT:
+    """Validate a recipe given as nested mappings; see :func:`load_recipe`."""
+    merged = _copied(content)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, kind, source)) from error
+
+
+def save_recipe(recipe: Config, path: Path) -> None:
+    """Write a resolved recipe as YAML that :func:`load_recipe` reads back to an equal object."""
+    write_text(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return list(value) if isinstance(value, list) else value
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"--set {override!r} is not of the form section.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from error
+    if isinstance(value, str):
+        value = _number(value)
+    for part in parts[:-1]:
+        inner = content.setdefault(part, {})
+        if inner is None:
+            inner = content[part] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override!r}: {part!r} is a single value, not a section.")
+        content = inner
+    content[parts[-1]] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads ``1e-4`` as a string; people mean a number."""
+    try:
+        return float(text) if any(character.isdigit() for character in text) else text
+    except ValueError:
+        return text
+
+
+def _explain(error: ValidationError, kind: type[Config], source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            valid = sorted(_keys_at(kind, problem["loc"][:-1]))
+            hint = _nearest(str(problem["loc"][-1]), valid) or f" Valid keys: {', '.join(valid)}."
+            lines.append(f"unknown key {place!r}.{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{place!r} is missing.")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
+            lines.append(f"{place or 'recipe'}: {message}{given}.")
+    return f"{source}: " + " ".join(lines)
+
+
+def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> set[str]:
+    """Collect the keys valid at a place of a nested configuration, through unions."""
+    kinds = [kind]
+    for part in location:
+        if isinstance(part, str) and any(part in model.model_fields for model in kinds):
+            annotations = [model.model_fields[part].annotation for model in kinds if part in model.model_fields]
+            kinds = [model for annotation in annotations for model in _models_in(annotation)]
+        elif isinstance(part, str):  # the tag of a discriminated union
+            tagged = [
+                model
+                for model in kinds
+                if "name" in model.model_fields and model.model_fields["name"].default == part
+            ]
+            kinds = tagged or kinds
+    return functools.reduce(operator.or_, (set(model.model_fields) for model in kinds), set())
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, list, dict, tuple):
+        for argument in typing.get_args(annotation):
+            yield from _models_in(argument)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

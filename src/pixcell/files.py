@@ -1,0 +1,118 @@
+"""Files appear whole or not at all.
+
+``write_whole`` writes beside the target, syncs, and renames: after a crash there is the old file, or the
+new one, never half of either. "The file exists" may therefore be read as "this piece is done".
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pixcell.errors import OutputError
+
+__all__ = ["remove_leftovers", "sha256_of", "write_json", "write_text", "write_whole", "writing_to"]
+
+_TEMPORARY = ".tmp-"
+
+
+@contextlib.contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Turn a failure to write under ``place`` into an :class:`OutputError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full; free some space and run the same command again",
+            errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+            errno.EROFS: "the file system is read-only; choose another output folder",
+            errno.EACCES: "no permission to write there; choose another output folder",
+            errno.EPERM: "no permission to write there; choose another output folder",
+            errno.ENOTDIR: "a part of the path is a file, not a folder; choose another output folder",
+            errno.EEXIST: "a file stands where a folder is needed; choose another output folder",
+            errno.EFBIG: "the file system does not take files of this size; choose another output folder",
+        }
+        if error.errno not in reasons:
+            raise
+        raise OutputError(f"cannot write {place}: {reasons[error.errno]}.") from error
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; sync and rename it when the block ends without an error.
+
+    Raises:
+        OutputError: If the place is read-only, full or not a folder.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with write_whole(folder / "a.txt") as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> (folder / "a.txt").read_text(), len(list(folder.iterdir()))
+    ('whole', 1)
+    """
+    temporary = path.parent / f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}"
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON, whole or not at all. NaN is refused: JSON has no such number."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path, older_than_s: float = 24 * 3600) -> int:
+    """Delete what killed processes left half-written in ``folder`` (not below); return how many.
+
+    Only files older than a day, so that a process still writing on another machine is not disturbed.
+    """
+    import time
+
+    leftovers = [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if _TEMPORARY in path.name and time.time() - path.stat().st_mtime > older_than_s
+    ]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable. Not every system lets a folder be opened; there, the rename itself must do."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
