@@ -1,0 +1,1 @@
+"""From glass to arrays: slides, tissue, tiles, the store and its datasets."""

@@ -1,0 +1,1 @@
+"""Modules and weights: the transformer, the autoencoder and its latents, the encoders."""

@@ -1,0 +1,1 @@
+"""Objectives, one trainer for all of them, and checkpoints."""
