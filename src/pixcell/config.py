@@ -8,7 +8,6 @@ saved beside the result, so that reading it tells the whole run.
 import difflib
 import functools
 import operator
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +93,7 @@ def load_recipe(kind: type[ConfigT], name: str | Path, overrides: Sequence[str] 
     path = find_recipe(name)
     try:
         # A subclass of SafeLoader: no Python objects can be built from the file.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if content is not None and not isinstance(content, dict):
@@ -177,7 +176,9 @@ def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> set[str]:
     kinds = [kind]
     for part in location:
         if isinstance(part, str) and any(part in model.model_fields for model in kinds):
-            annotations = [model.model_fields[part].annotation for model in kinds if part in model.model_fields]
+            annotations = [
+                model.model_fields[part].annotation for model in kinds if part in model.model_fields
+            ]
             kinds = [model for annotation in annotations for model in _models_in(annotation)]
         elif isinstance(part, str):  # the tag of a discriminated union
             tagged = [
@@ -192,7 +193,14 @@ def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> set[str]:
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, list, dict, tuple):
+    elif typing.get_origin(annotation) in (
+        typing.Union,
+        types.UnionType,
+        typing.Annotated,
+        list,
+        dict,
+        tuple,
+    ):
         for argument in typing.get_args(annotation):
             yield from _models_in(argument)
 

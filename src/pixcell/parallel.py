@@ -103,7 +103,9 @@ def _map_processes(
             try:
                 yield pool.submit(_attempt, function, item).result()
             except BrokenProcessPool:
-                yield Failed(item, RuntimeError("its process was killed (out of memory, or a crash in a library)"))
+                yield Failed(
+                    item, RuntimeError("its process was killed (out of memory, or a crash in a library)")
+                )
 
 
 def _map_ray(
@@ -113,14 +115,20 @@ def _map_ray(
         import ray
     except ImportError as error:
         raise MissingExtra("ray", "ray", "working on a cluster") from error
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
-    attempt = ray.remote(max_retries=1)(_attempt)
-    waiting = {attempt.remote(function, item): item for item in items}
-    while waiting:
-        ready, _ = ray.wait(list(waiting))
-        for reference in ready:
-            item = waiting.pop(reference)
-            try:
-                yield ray.get(reference)
-            except ray.exceptions.RayError as error:
-                yield Failed(item, RuntimeError(" ".join(str(error).split())))
+    own_cluster = not ray.is_initialized()
+    if own_cluster:
+        ray.init(log_to_driver=False)
+    try:
+        attempt = ray.remote(max_retries=1)(_attempt)
+        waiting = {attempt.remote(function, item): item for item in items}
+        while waiting:
+            ready, _ = ray.wait(list(waiting))
+            for reference in ready:
+                item = waiting.pop(reference)
+                try:
+                    yield ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    yield Failed(item, RuntimeError(" ".join(str(error).split())))
+    finally:
+        if own_cluster:
+            ray.shutdown()

@@ -1,0 +1,83 @@
+"""Files appear whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pixcell.errors import OutputError
+from pixcell.files import remove_leftovers, sha256_of, write_json, write_text, write_whole
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def break_while_writing():
+        with write_whole(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        break_while_writing()
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_process_killed_in_the_middle_leaves_no_half_file(tmp_path):
+    path = tmp_path / "big.txt"
+    code = (
+        "from pathlib import Path; import time\n"
+        "from pixcell.files import write_whole\n"
+        f"with write_whole(Path({str(path)!r})) as t:\n"
+        "    t.write_text('half'); print('writing', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+    assert not path.exists()
+    leftovers = list(tmp_path.iterdir())
+    assert len(leftovers) == 1
+    assert remove_leftovers(tmp_path) == 0, "a young file may belong to a process that still writes"
+    day_before_yesterday = time.time() - 2 * 24 * 3600
+    os.utime(leftovers[0], (day_before_yesterday, day_before_yesterday))
+    assert remove_leftovers(tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_where_a_folder_is_needed_is_a_clear_error(tmp_path):
+    (tmp_path / "taken").write_text("I am a file")
+    with pytest.raises(OutputError, match="choose another output folder"):
+        write_text(tmp_path / "taken" / "inside.txt", "x")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
+def test_a_read_only_folder_is_a_clear_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="no permission"):
+        write_text(tmp_path / "x.txt", "x")
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")  # noqa: PTH110
+def test_a_full_disk_is_a_clear_error(tmp_path):
+    def write():
+        with write_whole(tmp_path / "x"), open("/dev/full", "w") as file:  # noqa: PTH123
+            file.write("x" * 100_000)
+
+    with pytest.raises(OutputError, match="disk is full"):
+        write()
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"value": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hash_is_that_of_the_standard_tools(tmp_path):
+    write_text(tmp_path / "empty", "")
+    assert sha256_of(tmp_path / "empty").startswith("e3b0c44298fc1c149afbf4c8996fb924")
