@@ -193,14 +193,7 @@ def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> set[str]:
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif typing.get_origin(annotation) in (
-        typing.Union,
-        types.UnionType,
-        typing.Annotated,
-        list,
-        dict,
-        tuple,
-    ):
+    elif typing.get_origin(annotation) is not None:  # unions, Annotated, lists, dictionaries
         for argument in typing.get_args(annotation):
             yield from _models_in(argument)
 
