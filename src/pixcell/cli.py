@@ -1,0 +1,335 @@
+"""The command line: one short command per task, and no logic of its own.
+
+A command parses, calls one public function, and shows the result. What a user can cause is one red line and
+exit code 2 (1 when a batch ended and some of its items failed); a bug shows its traceback.
+"""
+
+import inspect as signatures
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+from pydantic import create_model
+from typer import Argument, Option
+
+from pixcell.config import Config, load_recipe, parse_recipe
+from pixcell.console import console, results, set_up_logging
+from pixcell.errors import PixCellError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pixcell",
+    help="Generative digital histopathology: whole-slide images in, generated tissue and honest figures out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Overrides = Annotated[list[str] | None, Option("--set", help="Override one value: --set section.key=value.")]
+Recipe = Annotated[str, Option("--recipe", help="A recipe file, or the name of one that comes with pixcell.")]
+
+
+def main() -> None:
+    """Run the command line; turn users' errors into one line and an exit code."""
+    try:
+        app()
+    except PixCellError as error:
+        console.print("[bold red]Error:[/]", style="red", end=" ")
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print("Stopped. Nothing that was finished is lost; run the same command again to go on.")
+        sys.exit(130)
+
+
+@app.callback()
+def _before(
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Say more while working.")] = False,
+    version: Annotated[bool, Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from pixcell import __version__
+
+        print(f"pixcell {__version__}")
+        raise typer.Exit
+    set_up_logging(verbose)
+
+
+@app.command()
+def tile(
+    slides: Annotated[Path, Argument(help="A slide, a folder of slides, or of ready-made tiles.")],
+    store: Annotated[Path, Argument(help="Where the tile store grows; finished slides are skipped.")],
+    recipe: Recipe = "tiles-20x",
+    metadata: Annotated[
+        Path | None,
+        Option(help="CSV: slide (or image), mpp, label, organ, stain, split, columns of yours."),
+    ] = None,
+    source_mpp: Annotated[
+        float | None, Option(help="Microns per pixel of the slides, over what the files say.")
+    ] = None,
+    ready_made: Annotated[
+        bool, Option("--ready-made", help="SLIDES is a folder of tile images, not of slides.")
+    ] = False,
+    workers: Annotated[int | None, Option(min=1, help="Processes; by default one per processor.")] = None,
+    engine: Annotated[
+        Literal["processes", "ray"], Option(help="Where the work runs: this machine, or a Ray cluster.")
+    ] = "processes",
+    set_: Overrides = None,
+) -> None:
+    """Cut slides into tiles of tissue.
+
+    Example: pixcell tile slides/ stores/brca --set tiling.min_tissue=0.7
+    """
+    from pixcell.data.tiling import TilingRecipe
+    from pixcell.tasks.tile import tile_slides
+
+    result = tile_slides(
+        slides,
+        store,
+        load_recipe(TilingRecipe, recipe, set_ or []),
+        metadata=metadata,
+        source_mpp=source_mpp,
+        ready_made=ready_made,
+        workers=workers,
+        engine=engine,
+    )
+    results.print(result)
+
+
+@app.command()
+def encode(
+    store: Annotated[Path, Argument(help="A tile store; finished slides are skipped.")],
+    codec: Annotated[
+        str | None, Option(help="Autoencoder for the latents: a folder, a run, or a hub id with --download.")
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        Option(help="Encoder for the embeddings: one of 'pixcell encoders', timm/NAME, or a folder."),
+    ] = None,
+    encoder_weights: Annotated[Path | None, Option(help="The encoder's weights on disk.")] = None,
+    field_size: Annotated[int, Option(help="Side of the field one embedding describes, in pixels.")] = 256,
+    download: Annotated[bool, Option("--download", help="Fetch the named weights from the hub.")] = False,
+    device: Annotated[Device, Option(help="Where the networks run.")] = "auto",
+    set_: Overrides = None,
+) -> None:
+    """Add latents and embeddings to a store.
+
+    Example: pixcell encode stores/brca --codec runs/nano-codec --encoder stain-texture
+    """
+    from pixcell.tasks.encode import encode_store
+
+    results.print(
+        _call(
+            encode_store,
+            {
+                "store": store,
+                "codec": codec,
+                "encoder": encoder,
+                "encoder_weights": encoder_weights,
+                "field_size": field_size,
+                "download": download,
+                "device": device,
+            },
+            set_,
+        )
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, Argument(help="A recipe file, or the name of one that comes with pixcell.")],
+    run: Annotated[Path | None, Option(help="The run's folder; by default runs/<recipe name>.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Train a model; run it again to go on from the last checkpoint.
+
+    Example: pixcell train nano --set data.store=stores/brca --set trainer.steps=2000
+    """
+    from pixcell.tasks.train import train as train_model
+    from pixcell.training.trainer import TrainRecipe
+
+    results.print(train_model(load_recipe(TrainRecipe, recipe, set_ or []), run))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, Argument(help="A run, a checkpoint, or a pipeline folder.")],
+    out: Annotated[Path, Option(help="Where the pictures go.")],
+    like: Annotated[
+        list[Path] | None, Option(help="A picture, or a folder of them, whose tissue to imitate. Repeatable.")
+    ] = None,
+    unconditional: Annotated[bool, Option("--unconditional", help="Imitate nothing.")] = False,
+    count: Annotated[int, Option(help="How many pictures in all.")] = 16,
+    seed: Annotated[int, Option(help="Same seed, same pictures.")] = 0,
+    steps: Annotated[int | None, Option(help="Steps of the sampler.")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance scale s in u + s (c - u); 1 is none.")] = None,
+    batch_size: Annotated[int, Option(help="Pictures at a time; does not change them.")] = 8,
+    source_mpp: Annotated[float | None, Option(help="Microns per pixel of the --like pictures.")] = None,
+    device: Annotated[Device, Option(help="Where the networks run.")] = "auto",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace pictures of another recipe.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Generate tissue.
+
+    Example: pixcell sample runs/nano --like tile.png --count 16 --seed 1 --out samples
+    """
+    from pixcell.tasks.sample import sample as sample_pictures
+
+    results.print(
+        _call(
+            sample_pictures,
+            {
+                "model": model,
+                "out": out,
+                "like": like or [],
+                "unconditional": unconditional,
+                "count": count,
+                "seed": seed,
+                "steps": steps,
+                "guidance_scale": guidance,
+                "batch_size": batch_size,
+                "source_mpp": source_mpp,
+                "device": device,
+                "overwrite": overwrite,
+            },
+            set_,
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    real: Annotated[Path, Argument(help="A store, or a folder of real pictures.")],
+    synthetic: Annotated[Path, Argument(help="A folder of generated pictures.")],
+    extractor: Annotated[
+        str,
+        Option(help="The feature space: 'inception', or any encoder but the model's own."),
+    ],
+    out: Annotated[Path, Option(help="The report; Markdown, HTML, plots go beside it.")] = Path(
+        "report.json"
+    ),
+    extractor_weights: Annotated[Path | None, Option(help="The extractor's weights on disk.")] = None,
+    device: Annotated[Device, Option(help="Where the networks run.")] = "auto",
+    set_: Overrides = None,
+) -> None:
+    """Compare generated pictures with real ones.
+
+    Example: pixcell evaluate stores/brca samples --extractor stain-texture --out report.json
+    """
+    from pixcell.tasks.evaluate import evaluate as evaluate_pictures
+
+    results.print(
+        _call(
+            evaluate_pictures,
+            {
+                "real": real,
+                "synthetic": synthetic,
+                "extractor": extractor,
+                "extractor_weights": extractor_weights,
+                "out": out,
+                "device": device,
+            },
+            set_,
+        )
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, Argument(help="A slide, store, run, checkpoint, recipe, picture or report.")],
+    verify: Annotated[bool, Option("--verify", help="Read everything and compare checksums.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Explain what something is: resolution, contents, provenance.
+
+    Example: pixcell inspect slides/case-1.svs
+    """
+    import json
+
+    from pixcell.tasks.inspect import inspect as explain
+
+    found = _call(explain, {"path": path, "verify": verify}, set_)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+    else:
+        results.print(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_(
+    published: Annotated[Path, Argument(help="A folder in the published PixCell layout.")],
+    store: Annotated[Path, Argument(help="The store to make.")],
+    set_: Overrides = None,
+) -> None:
+    """Read the published PixCell layout into a store.
+
+    Example: pixcell import pancan/ stores/pancan
+    """
+    from pixcell.tasks.published import import_published_layout
+
+    results.print(_call(import_published_layout, {"root": published, "store": store}, set_))
+
+
+@app.command("export")
+def export_(
+    store: Annotated[Path, Argument(help="A store of 1024-px tiles.")],
+    published: Annotated[Path, Argument(help="The folder to write in the published PixCell layout.")],
+    set_: Overrides = None,
+) -> None:
+    """Write a store in the published PixCell layout, for the original training code.
+
+    Example: pixcell export stores/pancan pancan/
+    """
+    from pixcell.tasks.published import export_published_layout
+
+    results.print(_call(export_published_layout, {"store": store, "root": published}, set_))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, Argument(help="Where everything goes.")] = Path("demo"),
+    slides: Annotated[
+        list[Path] | None, Option(help="A slide or a folder of slides instead of a drawn one. Repeatable.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Walk the whole line in a few minutes: slide, tiles, a tiny model, pictures, a report.
+
+    Example: pixcell demo demo --slides case-1.svs
+    """
+    from pixcell.tasks.demo import demo as walk
+
+    results.print(_call(walk, {"out": out, "slides": slides or []}, set_))
+
+
+@app.command()
+def encoders() -> None:
+    """List the encoders that pixcell knows by name, with width, licence and source.
+
+    Example: pixcell encoders
+    """
+    from pixcell.models.encoders import encoder_table
+
+    results.print(encoder_table())
+
+
+def _call(task: Callable[..., Any], given: dict[str, Any], overrides: list[str] | None) -> Any:
+    """Call a task with its keyword arguments checked; ``--set`` reaches those that have no flag."""
+    hints = get_type_hints(task)
+    fields = {
+        name: (hints[name], ... if parameter.default is signatures.Parameter.empty else parameter.default)
+        for name, parameter in signatures.signature(task).parameters.items()
+    }
+    kind: type[Config] = create_model(f"{task.__name__} options", __base__=Config, **fields)  # type: ignore[call-overload]
+    options = parse_recipe(kind, given, overrides or (), source=f"pixcell {task.__name__}")
+    return task(**{name: getattr(options, name) for name in fields})
