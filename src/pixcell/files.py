@@ -43,8 +43,12 @@ def writing_to(place: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def write_whole(path: Path) -> Iterator[Path]:
+def write_whole(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Give a temporary path beside ``path``; sync and rename it when the block ends without an error.
+
+    Args:
+        path: Where the file appears.
+        keep_existing: The first writer wins: if ``path`` exists by then, it stays and the new file goes.
 
     Raises:
         OutputError: If the place is read-only, full or not a folder.
@@ -63,7 +67,8 @@ def write_whole(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            if not (keep_existing and _published_or_taken(temporary, path)):
+                temporary.replace(path)
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -101,6 +106,19 @@ def remove_leftovers(folder: Path, older_than_s: float = 24 * 3600) -> int:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _published_or_taken(temporary: Path, path: Path) -> bool:
+    """Give the file its name unless the name is taken, in one step; False where there are no hard links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return path.exists()
+    return True
 
 
 def _sync_folder(folder: Path) -> None:
