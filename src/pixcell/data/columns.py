@@ -2,7 +2,7 @@
 
 Records are field-major, ``(rows, columns, ...)``, and stored without gaps. So the latents of one 256-pixel
 field are one stretch of bytes whose place is computed, not looked up, and fields beside each other are read
-at once. Beside each shard a ``.json`` says what made it; the shard itself ends in its checksum (see ``sealed``).
+at once. Beside each shard a ``.json`` says what made it; the shard itself ends in its checksum (``sealed``).
 """
 
 import io

@@ -3,9 +3,10 @@
 One HDF5 file per slide. The JPEGs stand one after another in ``jpeg`` (``offsets`` says where each begins);
 ``x``, ``y`` (level-0 pixels), ``tissue``, ``pen``, ``sharpness`` and ``name`` have one entry per tile.
 ``attributes`` holds the distinct sets of labels as JSON, ``attributes_of`` which of them a tile has.
-``slide`` is JSON about the slide. Written with fixed format options and no clock times: same tiles, same bytes.
+``slide`` is JSON about the slide. Fixed format options and no clock times: same tiles, same bytes.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from pixcell.files import write_whole
 
 __all__ = ["ImageShard", "TileRecord", "write_image_shard"]
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _NUMBERS = {"x": np.int64, "y": np.int64, "tissue": np.float64, "pen": np.float64, "sharpness": np.float64}
 _FORMAT = "pixcell-images-1"
 
@@ -173,18 +174,8 @@ class ImageShard:
         if file.attrs.get("format") != _FORMAT:
             raise ValueError(f"format {file.attrs.get('format')!r} is not {_FORMAT!r}")
         self.slide: dict[str, Any] = json.loads(file["slide"][()].tobytes().decode())
-        columns = {key: file[key][()].tolist() for key in _NUMBERS}
-        names = [name.decode() for name in file["name"][()].tolist()]
-        sets = [json.loads(labels.decode()) for labels in file["attributes"][()].tolist()]
-        set_of = file["attributes_of"][()].tolist()
-        self.tiles: list[dict[str, Any]] = [
-            {
-                **{key: columns[key][row] for key in _NUMBERS},
-                "name": names[row],
-                "attributes": sets[set_of[row]],
-            }
-            for row in range(len(names))
-        ]
+        self._table = {key: file[key][()] for key in (*_NUMBERS, "name", "attributes_of")}
+        self._sets = [json.loads(labels.decode()) for labels in file["attributes"][()].tolist()]
         self._offsets = file["offsets"][()]
         self._chunk_at: dict[int, int] = {}
 
@@ -194,7 +185,15 @@ class ImageShard:
         file["jpeg"].id.chunk_iter(note)
 
     def __len__(self) -> int:
-        return len(self.tiles)
+        return len(self._offsets) - 1
+
+    @functools.cached_property
+    def tiles(self) -> list[dict[str, Any]]:
+        """One mapping per tile."""
+        columns = {key: self._table[key].tolist() for key in _NUMBERS}
+        columns["name"] = [name.decode() for name in self._table["name"].tolist()]
+        columns["attributes"] = [dict(self._sets[which]) for which in self._table["attributes_of"].tolist()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def jpeg(self, tile: int) -> bytes:
         """Return the JPEG bytes of a tile, as they were stored."""

@@ -388,8 +388,8 @@ class TileStore:
         """Return one row per tile, by slide and position in the slide.
 
         Columns: ``slide_id``, ``tile`` (row in the slide), ``x``, ``y`` (level-0 pixels), ``tissue``,
-        ``pen``, ``sharpness``, ``name``, then every attribute (label, organ, stain, split, ...), null where a tile has
-        none. Kept in ``index.parquet`` and made again when shards were added, replaced or removed.
+        ``pen``, ``sharpness``, ``name``, then every attribute (label, organ, stain, split, ...), null where a
+        tile has none. Kept in ``index.parquet`` and made again when shards were added, replaced or removed.
         """
         checksums = self.checksums()
         wanted = json.dumps(checksums, sort_keys=True).encode()

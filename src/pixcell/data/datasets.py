@@ -1,0 +1,341 @@
+"""Torch datasets of fields, cut from what a tile source holds.
+
+A field is the square a model sees: 256, 512 or 1024 pixels. Fields are cut from the stored latents and
+embedding grids of whole tiles, so a tile is encoded once whatever size is trained on. The fields of a tile are
+counted in row-major order.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import Dataset
+
+from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch
+from pixcell.geometry import Box
+
+__all__ = ["FieldDataset", "TileColumn", "TileImages", "TileSource"]
+
+
+@runtime_checkable
+class TileColumn(Protocol):
+    """Fixed-size records of tiles, ``(rows, columns, ...)``; :class:`pixcell.data.columns.Column` is one."""
+
+    made_by: Mapping[str, Any]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    num_tiles: Mapping[str, int]
+
+    def read_into(self, out: np.ndarray, slide_id: str, tile: int, fields: Box) -> None:
+        """Read some fields of a tile into a contiguous array."""
+
+
+@runtime_checkable
+class TileImages(Protocol):
+    """The pixels of a slide's tiles; :class:`pixcell.data.images.ImageShard` is one."""
+
+    def image(self, tile: int) -> np.ndarray:
+        """Return a tile, (height, width, 3) uint8."""
+
+
+@runtime_checkable
+class TileSource(Protocol):
+    """Where tiles come from; :class:`pixcell.data.store.TileStore` is one.
+
+    Another storage is a class with these members that passes ``tests/data/tile_source_contract.py``.
+    It must pickle, so that worker processes can open it.
+    """
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile, in pixels."""
+
+    @property
+    def mpp(self) -> float:
+        """Microns per pixel."""
+
+    def columns(self) -> list[str]:
+        """Return the names of all columns, ``images`` among them."""
+
+    def index(self) -> pa.Table:
+        """Return one row per tile: ``slide_id``, ``tile``, ``x``, ``y``, and attributes."""
+
+    def column(self, name: str) -> TileColumn:
+        """Open a column of records."""
+
+    def images(self, slide_id: str) -> TileImages:
+        """Open the images of a slide."""
+
+
+class FieldDataset(Dataset[dict[str, Any]]):
+    """Fields of tiles, with the latents, embeddings and pixels under them.
+
+    An item is a dictionary of
+
+    - ``posterior_mean``, ``posterior_std``: (channels, height, width), as stored (not normalised);
+    - ``embedding_grid``: (rows, columns, dim), one embedding per embedded field under this one;
+    - ``image``: (3, size, size) uint8;
+    - ``key``: ``"<slide>/<x>_<y>/<row>_<column>"``: tile position in level-0 pixels, field in the tile.
+
+    It holds what was asked for, in the stored dtype. Batches are read in the order in which they lie on disk.
+    Pickles; survives forks; opens a bounded number of files.
+    """
+
+    def __init__(
+        self,
+        source: TileSource | Sequence[TileSource],
+        *,
+        size: int,
+        latents: str | None = None,
+        embeddings: str | None = None,
+        images: bool = False,
+        where: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Choose tiles and columns.
+
+        Args:
+            source: A store, or several whose columns were made alike.
+            size: Side of a field, in pixels; it must divide the tile.
+            latents: Column of posteriors.
+            embeddings: Column of embedding grids.
+            images: Whether to decode pixels.
+            where: Attributes of tiles to take, such as ``{"split": ["train"]}``; all must hold. ``slide_id``
+                counts as one.
+
+        Raises:
+            MissingColumn: If a column is not there, or not complete for the chosen tiles.
+            StoreMismatch: If ``size`` does not fit the tiles or a column, or sources were made differently.
+            StoreError: If no tile remains, or no tile has such an attribute.
+        """
+        if not (latents or embeddings or images):
+            raise ValueError("ask for latents, embeddings or images; otherwise an item would be empty")
+        sources = [source] if isinstance(source, TileSource) else list(source)
+        if not sources:
+            raise StoreError("no tile store was given.")
+        self.size, self.images = size, images
+        self._parts = [_Part(one, size, latents, embeddings, images, where or {}) for one in sources]
+        first = self._parts[0]
+        for part in self._parts[1:]:
+            part.must_equal(first)
+        self._starts = np.cumsum([0] + [len(part) for part in self._parts])
+
+    @property
+    def mpp(self) -> float:
+        """Microns per pixel of every field."""
+        return self._parts[0].source.mpp
+
+    @property
+    def made_by(self) -> dict[str, Mapping[str, Any]]:
+        """What made the columns: ``latents`` and ``embeddings``, where asked for."""
+        return {kind: column.made_by for kind, column in self._parts[0].columns.items()}
+
+    @property
+    def num_tiles(self) -> int:
+        """Number of tiles the fields are cut from."""
+        return sum(len(part.tile) for part in self._parts)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Read a batch; the torch loader calls this when it is there."""
+        places = [self._place(int(index)) for index in indices]
+        order = sorted(range(len(places)), key=places.__getitem__)
+        batch = self._parts[0].empty_batch(len(places), self.size, self.images)
+        items: list[dict[str, Any]] = [{} for _ in places]
+        for row in order:
+            number, tile, field = places[row]
+            self._parts[number].read_into(batch, row, tile, field)
+            items[row]["key"] = self._parts[number].key(tile, field)
+        for kind, array in batch.items():
+            for item, values in zip(items, torch.from_numpy(array), strict=True):
+                if kind == "latents":
+                    item["posterior_mean"], item["posterior_std"] = values.chunk(2)
+                else:
+                    item["embedding_grid" if kind == "embeddings" else "image"] = values
+        return items
+
+    def key(self, index: int) -> str:
+        """Return the key of an item without reading it."""
+        number, tile, field = self._place(index)
+        return self._parts[number].key(tile, field)
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"field {index} of {len(self)}")
+        index %= len(self)
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        tile, field = divmod(index - int(self._starts[number]), self._parts[number].fields_per_tile)
+        return number, tile, field
+
+
+@dataclass
+class _Cut:
+    """How a field of the dataset falls on the fields of a column."""
+
+    column: TileColumn
+    per_side: int
+
+    def box(self, row: int, column: int) -> Box:
+        return Box(column * self.per_side, row * self.per_side, self.per_side, self.per_side)
+
+
+class _Part:
+    """The chosen tiles of one source. Holds 20 bytes per tile, so that memory stays small at any size."""
+
+    def __init__(
+        self,
+        source: TileSource,
+        size: int,
+        latents: str | None,
+        embeddings: str | None,
+        images: bool,
+        where: Mapping[str, Sequence[str]],
+    ) -> None:
+        if size <= 0 or source.tile_size % size:
+            raise StoreMismatch(
+                f"fields of {size} px cannot be cut from tiles of {source.tile_size} px. "
+                f"Sizes that fit: {_listed(_divisors(source.tile_size))}."
+            )
+        self.source = source
+        self.fields_per_side = source.tile_size // size
+        self.fields_per_tile = self.fields_per_side**2
+        names = {"latents": latents, "embeddings": embeddings}
+        self._cuts = {kind: self._cut(name, size) for kind, name in names.items() if name}
+        rows = _chosen(source.index(), where)
+        self.slide_ids: list[str] = pc.unique(rows["slide_id"]).to_pylist()
+        self._complete_in(names)
+        self.slide = pc.index_in(rows["slide_id"], pa.array(self.slide_ids)).to_numpy()
+        self.tile, self.x, self.y = (rows[key].to_numpy() for key in ("tile", "x", "y"))
+        self._images: OrderedDict[str, TileImages] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.tile) * self.fields_per_tile
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_images": OrderedDict()}
+
+    @property
+    def columns(self) -> dict[str, TileColumn]:
+        return {kind: cut.column for kind, cut in self._cuts.items()}
+
+    def _cut(self, name: str, size: int) -> _Cut:
+        column = self.source.column(name)
+        field_size = self.source.tile_size // column.shape[0]
+        if size % field_size:
+            raise StoreMismatch(
+                f"fields of {size} px cannot be cut from column {name!r}, which was made of fields of "
+                f"{field_size} px. Use a multiple of {field_size}, or encode with --field-size {size}."
+            )
+        return _Cut(column, size // field_size)
+
+    def _complete_in(self, names: Mapping[str, str | None]) -> None:
+        for kind, cut in self._cuts.items():
+            missing = [slide_id for slide_id in self.slide_ids if slide_id not in cut.column.num_tiles]
+            if missing:
+                raise MissingColumn(
+                    f"column {names[kind]!r} lacks {len(missing)} of {len(self.slide_ids)} slides "
+                    f"({_listed(missing)}). Run `pixcell encode` to complete it."
+                )
+
+    def must_equal(self, first: "_Part") -> None:
+        if self.source.mpp != first.source.mpp:
+            raise StoreMismatch(
+                f"stores of {first.source.mpp} and {self.source.mpp} microns per pixel cannot be mixed."
+            )
+        for kind, cut in self._cuts.items():
+            other = first._cuts[kind]
+            same_field = cut.column.shape[2:] == other.column.shape[2:] and cut.per_side == other.per_side
+            if cut.column.made_by != other.column.made_by or not same_field:
+                raise StoreMismatch(
+                    f"the {kind} of two stores were made differently: {dict(other.column.made_by)} and "
+                    f"{dict(cut.column.made_by)}. Encode both in the same way."
+                )
+
+    def empty_batch(self, count: int, size: int, images: bool) -> dict[str, np.ndarray]:
+        batch = {}
+        for kind, cut in self._cuts.items():
+            shape, side = cut.column.shape[2:], cut.per_side
+            if kind == "latents":
+                channels, height, width = shape
+                batch[kind] = np.empty((count, channels, side * height, side * width), cut.column.dtype)
+            else:
+                batch[kind] = np.empty((count, side, side, *shape), cut.column.dtype)
+        if images:
+            batch["images"] = np.empty((count, 3, size, size), np.uint8)
+        return batch
+
+    def read_into(self, batch: Mapping[str, np.ndarray], row: int, tile: int, field: int) -> None:
+        slide_id, tile_in_slide = self.slide_ids[self.slide[tile]], int(self.tile[tile])
+        field_row, field_column = divmod(field, self.fields_per_side)
+        for kind, cut in self._cuts.items():
+            out, box = batch[kind][row], cut.box(field_row, field_column)
+            if kind == "embeddings" or cut.per_side == 1:
+                cut.column.read_into(out, slide_id, tile_in_slide, box)
+            else:
+                fields = np.empty((box.height, box.width, *cut.column.shape[2:]), cut.column.dtype)
+                cut.column.read_into(fields, slide_id, tile_in_slide, box)
+                out[:] = fields.transpose(2, 0, 3, 1, 4).reshape(out.shape)
+        if "images" in batch:
+            batch["images"][row] = self._pixels(slide_id, tile_in_slide, field_row, field_column)
+
+    def _pixels(self, slide_id: str, tile: int, row: int, column: int) -> np.ndarray:
+        if slide_id not in self._images:
+            self._images[slide_id] = self.source.images(slide_id)
+        self._images.move_to_end(slide_id)
+        while len(self._images) > 16:
+            self._images.popitem(last=False)
+        image = self._images[slide_id].image(tile)
+        side = self.source.tile_size
+        if image.shape != (side, side, 3):
+            raise CorruptShard(
+                f"tile {tile} of slide {slide_id!r} is {image.shape[1]} x {image.shape[0]} px; the store "
+                f"holds tiles of {side} px. Tile the slide again."
+            )
+        size = side // self.fields_per_side
+        return image[row * size : (row + 1) * size, column * size : (column + 1) * size].transpose(2, 0, 1)
+
+    def key(self, tile: int, field: int) -> str:
+        row, column = divmod(field, self.fields_per_side)
+        return f"{self.slide_ids[self.slide[tile]]}/{self.x[tile]}_{self.y[tile]}/{row}_{column}"
+
+
+def _chosen(index: pa.Table, where: Mapping[str, Sequence[str]]) -> pa.Table:
+    """Return the rows of the tiles that have one of the wanted values of every attribute."""
+    if not len(index):
+        raise StoreError("the store holds no tiles yet. Run `pixcell tile` first.")
+    attributes = [name for name in index.column_names if pa.types.is_string(index.schema.field(name).type)]
+    for attribute, values in where.items():
+        if isinstance(values, str):
+            raise TypeError(f"where[{attribute!r}] is a list of values, not {values!r}")
+        if attribute not in attributes:
+            near = get_close_matches(attribute, attributes, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Attributes: {_listed(attributes)}."
+            raise StoreError(f"no tile of the store has an attribute {attribute!r}.{hint}")
+        kept = index.filter(
+            pc.is_in(index[attribute], pa.array([str(value) for value in values], pa.string()))
+        )
+        if not len(kept):
+            there = sorted(str(value) for value in pc.unique(index[attribute]).to_pylist())
+            raise StoreError(
+                f"no tile remains where {attribute} is {_listed(values)}. Values there: {_listed(there)}."
+            )
+        index = kept
+    return index.select(["slide_id", "tile", "x", "y"])
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(32, number + 1) if number % size == 0]
+
+
+def _listed(values: Sequence[object], most: int = 5) -> str:
+    return ", ".join(str(value) for value in values[:most]) + (", ..." if len(values) > most else "")
