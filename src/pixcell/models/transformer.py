@@ -1,0 +1,445 @@
+"""The denoiser: a PixArt transformer whose condition is a grid of embeddings instead of text.
+
+Latents are cut into 2 x 2 patches, one token each. Every block attends over the image tokens, then over the
+condition tokens (one per 256-pixel field of the picture), then runs an MLP; the timestep enters as one shared
+modulation (adaLN-single). The output holds the predicted noise and, in a second half of the channels, how the
+variance of a step lies between its two bounds.
+
+All blocks are diffusers' own. Configuration keys and parameter names are those of the published weights, so
+these load as they are; ``pos_embed``, ``caption_projection`` and ``uncond_embedding`` are their words, not ours.
+
+**Positions.** Latent coordinates run from 0 to ``sample_size / patch_size / interpolation_scale``: 0 to 32 in
+all published stages, so that a 256, 512 and 1024 model speak of the same square. The condition tokens sit in
+the middle of their field, in the same coordinates.
+
+**No condition.** ``unconditional_embedding`` stands in for an embedding grid *before* positions are added,
+in training and in sampling alike. (The reference adds them in sampling only: its dropped condition and its
+null condition are two different inputs. Its samples come from the order used here.)
+
+Source: Chen et al. 2023, "PixArt-alpha" (https://arxiv.org/abs/2310.00426), sections 2.2 and 2.3;
+Yellapragada et al. 2025, "PixCell" (https://arxiv.org/abs/2506.05127).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import (
+    PatchEmbed,
+    PixArtAlphaTextProjection,
+    get_2d_sincos_pos_embed_from_grid,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormSingle
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pixcell.errors import ModelError
+
+__all__ = ["GrowthReport", "PixCellTransformer2DModel", "condition_positions"]
+
+
+@dataclass(frozen=True)
+class GrowthReport:
+    """What became of each tensor when a model grew."""
+
+    carried: tuple[str, ...]
+    """Copied bit for bit."""
+    rebuilt: Mapping[str, str] = field(default_factory=dict)
+    """Made anew for the new size, and how."""
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """In the old model only, and why."""
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        parts = [f"{len(self.carried)} tensors carried"]
+        parts += [f"rebuilt {name}: {how}" for name, how in self.rebuilt.items()]
+        parts += [f"dropped {name}: {why}" for name, why in self.dropped.items()]
+        return "; ".join(parts)
+
+
+class _ConditionProjection(PixArtAlphaTextProjection):
+    """Embeddings to model width, one by one; keeps the tokens that stand for "no condition" beside it."""
+
+    def __init__(self, in_features: int, hidden_size: int, num_tokens: int, learned: bool) -> None:
+        super().__init__(in_features=in_features, hidden_size=hidden_size)
+        unconditional = torch.randn(num_tokens, in_features) / math.sqrt(in_features)
+        if learned:
+            self.uncond_embedding = nn.Parameter(unconditional)
+        else:
+            self.register_buffer("uncond_embedding", unconditional)
+
+
+class _ConditionPositions(nn.Module):
+    """The table added to condition tokens. Part of the weights: published ones bring their own."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("y_pos_embed", table)
+
+
+class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predict noise (and variance) of latents from a timestep and the tokens of an embedding grid.
+
+    Args:
+        num_attention_heads: Heads of both attentions; width is heads times ``attention_head_dim``.
+        attention_head_dim: Width of a head.
+        in_channels: Channels of the latents.
+        out_channels: Twice ``in_channels`` with learned variance (noise first), else ``in_channels``.
+        num_layers: Number of blocks.
+        dropout: In attention outputs and MLP. Published: 0.
+        norm_num_groups: Kept for published configurations; no layer uses it.
+        cross_attention_dim: Width of the projected condition; equals the model width.
+        attention_bias: Biases of query, key and value.
+        sample_size: Side of the latents trained on (32 for 256 pixels). Other sizes run, on stretched positions.
+        patch_size: Side of a latent patch.
+        activation_fn: Of the MLP.
+        num_embeds_ada_norm: Number of training timesteps; kept for published configurations.
+        upcast_attention: Attention scores in float32.
+        norm_type: Only ``"ada_norm_single"``.
+        norm_elementwise_affine: Affine block norms. Published: off.
+        norm_eps: Of the block norms.
+        interpolation_scale: Grid steps per unit of the position coordinate; None: the published rule for
+            512 pixels as 1, so ``sample_size / 64``.
+        use_additional_conditions: Only False; size and aspect-ratio conditions belong to PixArt's text models.
+        caption_channels: Width of an embedding.
+        attention_type: Only ``"default"``.
+        caption_num_tokens: Number of condition tokens, a square number: 1, 4 or 16 in the published stages.
+        learn_unconditional_embedding: Train the "no condition" tokens. Published: a constant random vector.
+
+    Raises:
+        ModelError: If the values cannot make a model.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("BasicTransformerBlock", "PatchEmbed")
+    _skip_layerwise_casting_patterns = ("pos_embed", "norm", "adaln_single")
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 16,
+        out_channels: int | None = 32,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        cross_attention_dim: int | None = 1152,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int | None = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = "ada_norm_single",
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        interpolation_scale: float | None = None,
+        use_additional_conditions: bool | None = False,
+        caption_channels: int = 1536,
+        attention_type: str | None = "default",
+        caption_num_tokens: int = 1,
+        learn_unconditional_embedding: bool = False,
+    ) -> None:
+        super().__init__()
+        width = num_attention_heads * attention_head_dim
+        if cross_attention_dim is None:
+            cross_attention_dim = width
+            self.register_to_config(cross_attention_dim=width)
+        if interpolation_scale is None:
+            interpolation_scale = sample_size / 64
+            self.register_to_config(interpolation_scale=interpolation_scale)
+        _check_architecture(
+            width, cross_attention_dim, sample_size, patch_size, norm_type, attention_type, caption_num_tokens
+        )
+        if use_additional_conditions:
+            raise ModelError("use_additional_conditions is for PixArt's text models; set it to false.")
+
+        self.inner_dim = width
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.gradient_checkpointing = False
+
+        self.pos_embed = PatchEmbed(
+            height=sample_size,
+            width=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=width,
+            interpolation_scale=interpolation_scale,
+        )
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                width,
+                num_attention_heads,
+                attention_head_dim,
+                dropout=dropout,
+                cross_attention_dim=cross_attention_dim,
+                activation_fn=activation_fn,
+                num_embeds_ada_norm=num_embeds_ada_norm,
+                attention_bias=attention_bias,
+                upcast_attention=upcast_attention,
+                norm_type=norm_type,
+                norm_elementwise_affine=norm_elementwise_affine,
+                norm_eps=norm_eps,
+                attention_type=attention_type,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.proj_out = nn.Linear(width, patch_size * patch_size * self.out_channels)
+        self.adaln_single = AdaLayerNormSingle(width, use_additional_conditions=False)
+        self.caption_projection = _ConditionProjection(
+            caption_channels, width, caption_num_tokens, learn_unconditional_embedding
+        )
+        self.y_pos_embed = None
+        if caption_num_tokens > 1:
+            table = condition_positions(
+                caption_channels, caption_num_tokens, sample_size // patch_size, interpolation_scale
+            )
+            self.y_pos_embed = _ConditionPositions(table)
+        self._initialise()
+
+    @property
+    def unconditional_embedding(self) -> Float[Tensor, "tokens dim"]:
+        """The tokens that stand for "no condition"."""
+        return self.caption_projection.uncond_embedding
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the second half of the output channels is the learned variance."""
+        return self.out_channels == 2 * self.config.in_channels
+
+    @property
+    def grid_size(self) -> int:
+        """Rows (and columns) of the embedding grid: the square root of the number of condition tokens."""
+        return math.isqrt(self.config.caption_num_tokens)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch channels height width"],
+        timestep: Tensor | float,
+        encoder_hidden_states: Float[Tensor, "batch tokens dim"] | None = None,
+        block_controlnet_hidden_states: Sequence[Tensor] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict what was added to clean latents.
+
+        Args:
+            hidden_states: Noisy latents.
+            timestep: 0 to 999, fractions allowed; one for all, or one per sample.
+            encoder_hidden_states: Embeddings as the encoder gave them. None: no condition.
+            block_controlnet_hidden_states: Per block, what is added to its output: (batch, image tokens, width).
+                May be shorter than the number of blocks; the last blocks then get nothing.
+            return_dict: Return an object with ``sample`` instead of a tuple of one.
+
+        Returns:
+            ``sample``, (batch, out_channels, height, width): noise, then variance logits if learned.
+
+        Raises:
+            ModelError: If a size is not the model's, before anything is computed.
+        """
+        batch_size, _, height, width = hidden_states.shape
+        if encoder_hidden_states is None:
+            encoder_hidden_states = self.unconditional_embedding.expand(batch_size, -1, -1)
+        residuals = list(block_controlnet_hidden_states or ())
+        self._check_inputs(hidden_states, encoder_hidden_states, residuals)
+        dtype = self.pos_embed.proj.weight.dtype
+        hidden_states = hidden_states.to(dtype)
+        condition = encoder_hidden_states.to(dtype)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+
+        tokens = self.pos_embed(hidden_states)
+        modulation, time_embedding = self.adaln_single(
+            timestep.reshape(-1).expand(batch_size), batch_size=batch_size, hidden_dtype=dtype
+        )
+        if self.y_pos_embed is not None:
+            condition = condition + self.y_pos_embed.y_pos_embed.to(dtype)
+        condition = self.caption_projection(condition)
+
+        for index, block in enumerate(self.transformer_blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, None, condition, None, modulation)
+            else:
+                tokens = block(tokens, encoder_hidden_states=condition, timestep=modulation)
+            if index < len(residuals):
+                tokens = tokens + residuals[index].to(tokens.dtype)
+
+        shift, scale = (self.scale_shift_table + time_embedding[:, None]).chunk(2, dim=1)
+        tokens = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
+        sample = self._unpatchify(tokens, height, width)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def grown_to(
+        self, sample_size: int, caption_num_tokens: int, interpolation_scale: float | None = None
+    ) -> tuple[Self, GrowthReport]:
+        """Return a model for another size that starts from these weights: the way from 256 to 512 to 1024.
+
+        Every weight is carried. Position tables are computed for the new size. The "no condition" tokens are
+        spread over the new grid: each new token takes the vector of the field that lies over it, so that
+        "no condition" keeps its meaning (the reference draws new random ones).
+
+        Args:
+            sample_size: Side of the new latents.
+            caption_num_tokens: Number of new condition tokens.
+            interpolation_scale: None keeps the coordinate range of this model, as the published stages do.
+
+        Raises:
+            ModelError: If one grid is no whole multiple of the other.
+        """
+        if interpolation_scale is None:
+            interpolation_scale = self.config.interpolation_scale * sample_size / self.config.sample_size
+        grown = type(self).from_config(
+            self.config,
+            sample_size=sample_size,
+            caption_num_tokens=caption_num_tokens,
+            interpolation_scale=interpolation_scale,
+        )
+        grown = grown.to(dtype=self.dtype, device=self.device).train(self.training)
+        old, new = self.state_dict(), grown.state_dict()
+        table, null = "y_pos_embed.y_pos_embed", "caption_projection.uncond_embedding"
+        remade = {table, null} if caption_num_tokens != self.config.caption_num_tokens else {table}
+        carried = tuple(name for name in old if name in new and name not in remade)
+        state = {**new, **{name: old[name] for name in carried}}
+        rebuilt = {"pos_embed.pos_embed": f"positions of {sample_size} x {sample_size} latents"}
+        if table in new:
+            rebuilt[table] = f"positions of {caption_num_tokens} condition tokens"
+        if null in remade:
+            state[null] = _spread(old[null], caption_num_tokens)
+            rebuilt[null] = f"{self.config.caption_num_tokens} tokens spread over {caption_num_tokens}"
+        dropped = {name: "a single condition token has no position" for name in old if name not in new}
+        grown.load_state_dict(state, strict=True)
+        return grown, GrowthReport(carried, rebuilt, dropped)
+
+    def _unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        side = self.config.patch_size
+        # (batch, rows, columns, row in patch, column in patch, channel): channels run fastest
+        patches = tokens.unflatten(1, (height // side, width // side)).unflatten(3, (side, side, -1))
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+
+    def _check_inputs(self, latents: Tensor, condition: Tensor, residuals: Sequence[Tensor]) -> None:
+        config = self.config
+        batch_size, channels, height, width = latents.shape
+        if channels != config.in_channels:
+            raise ModelError(
+                f"the latents have {channels} channels, the model takes {config.in_channels}. "
+                "Use the autoencoder that the model was trained with."
+            )
+        if height % config.patch_size or width % config.patch_size or not height or not width:
+            near = max(round(height / config.patch_size), 1) * config.patch_size
+            raise ModelError(
+                f"latents of {height} x {width} are not a whole number of {config.patch_size} x "
+                f"{config.patch_size} patches. Choose a picture size that is a multiple of "
+                f"{8 * config.patch_size} pixels; the nearest latent height is {near}."
+            )
+        if condition.shape[-1] != config.caption_channels:
+            raise ModelError(
+                f"the embeddings are {condition.shape[-1]} wide, the model takes {config.caption_channels}. "
+                "Use the encoder that the model was trained with."
+            )
+        if condition.shape[1] != config.caption_num_tokens:
+            raise ModelError(
+                f"{condition.shape[1]} condition tokens were given, the model takes {config.caption_num_tokens} "
+                f"(a {self.grid_size} x {self.grid_size} grid of embeddings)."
+            )
+        if condition.shape[0] != batch_size:
+            raise ModelError(f"{batch_size} latents were given with {condition.shape[0]} conditions.")
+        if len(residuals) > config.num_layers:
+            raise ModelError(f"{len(residuals)} control residuals were given for {config.num_layers} blocks.")
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Initialise for training from scratch, as PixArt and DiT do.
+
+        At the start every block leaves the condition out (zero cross-attention output) and the model
+        predicts zero (zero last layer); training opens both.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
+        time = self.adaln_single.emb.timestep_embedder
+        caption = self.caption_projection
+        for layer in (
+            time.linear_1,
+            time.linear_2,
+            self.adaln_single.linear,
+            caption.linear_1,
+            caption.linear_2,
+        ):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in self.transformer_blocks:
+            nn.init.zeros_(block.attn2.to_out[0].weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+
+def condition_positions(
+    dim: int, num_tokens: int, latent_grid: int, interpolation_scale: float
+) -> Float[Tensor, "1 tokens {dim}"]:
+    """Return the position table of condition tokens: sines and cosines of where their fields have their middle.
+
+    The coordinates are those of the latent positions, ``latent_grid / interpolation_scale`` long: for the
+    published 512 model the fields are centred at 8 and 24, for 1024 at 4, 12, 20 and 28. (The reference writes
+    the offset as ``latent_grid // tokens``, which is the centre exactly where the interpolation is half the
+    grid side, as in its stages; and its diffusers class divides by 2 whatever the interpolation is, which
+    misplaces the tokens of a 512 model.)
+
+    Args:
+        dim: Width of an embedding.
+        num_tokens: A square number; row-major.
+        latent_grid: Image tokens along a side of the picture.
+        interpolation_scale: As of the latent positions.
+    """
+    side = math.isqrt(num_tokens)
+    step = latent_grid / side / interpolation_scale
+    centres = torch.arange(side, dtype=torch.float32, device="cpu") * step + step / 2
+    # the first half of the width encodes the column, the second the row
+    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
+    return get_2d_sincos_pos_embed_from_grid(dim, grid).float()[None]
+
+
+def _spread(tokens: Float[Tensor, "old dim"], num_tokens: int) -> Float[Tensor, "new dim"]:
+    """Stretch a square grid of tokens to another, each new one taking the old one under its middle."""
+    old, new = math.isqrt(tokens.shape[0]), math.isqrt(num_tokens)
+    if max(old, new) % min(old, new):
+        raise ModelError(
+            f"a {old} x {old} embedding grid cannot become {new} x {new}: one must be a multiple of the other."
+        )
+    places = (torch.arange(new, device=tokens.device) * 2 + 1) * old // (2 * new)
+    return tokens.unflatten(0, (old, old))[places][:, places].flatten(0, 1)
+
+
+def _check_architecture(
+    width: int,
+    cross_attention_dim: int,
+    sample_size: int,
+    patch_size: int,
+    norm_type: str,
+    attention_type: str | None,
+    num_tokens: int,
+) -> None:
+    if norm_type != "ada_norm_single" or attention_type not in ("default", None):
+        raise ModelError(
+            f"norm_type {norm_type!r} with attention_type {attention_type!r} is not this model; "
+            "it has 'ada_norm_single' and 'default'."
+        )
+    if cross_attention_dim != width:
+        raise ModelError(
+            f"cross_attention_dim is {cross_attention_dim} and the model is {width} wide "
+            "(num_attention_heads x attention_head_dim); they must be equal."
+        )
+    if sample_size <= 0 or sample_size % patch_size:
+        raise ModelError(f"sample_size {sample_size} must be a positive multiple of patch_size {patch_size}.")
+    if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
+        raise ModelError(
+            f"caption_num_tokens {num_tokens} is not a square number: the tokens are a grid of fields (1, 4, 16, ...)."
+        )
