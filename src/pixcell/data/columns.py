@@ -19,7 +19,14 @@ from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatc
 from pixcell.files import write_json, write_whole
 from pixcell.geometry import Box
 
-__all__ = ["Column", "differences", "read_sidecar", "sidecar_of", "write_column_shard"]
+__all__ = [
+    "Column",
+    "differences",
+    "read_sidecar",
+    "sidecar_of",
+    "stale_message",
+    "write_column_shard",
+]
 
 _FORMAT = "pixcell-column-1"
 
@@ -76,6 +83,14 @@ def differences(stored: Any, given: Any, place: str = "") -> list[str]:
                 found += differences(stored[key], given[key], inner)
         return found
     return [] if stored == given else [f"{place or 'it'} is {stored!r} in the store and {given!r} here"]
+
+
+def stale_message(column: str, slide_id: str) -> str:
+    """Say that a shard was made from images that are not there any more, and what to do."""
+    return (
+        f"column {column!r} of slide {slide_id!r} was made from other images than the ones in the store. "
+        f"Delete {column}/{slide_id}.npy and .json and run `pixcell encode` again."
+    )
 
 
 def write_column_shard(

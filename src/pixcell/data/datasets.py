@@ -1,8 +1,8 @@
 """Torch datasets of fields, cut from what a tile source holds.
 
 A field is the square a model sees: 256, 512 or 1024 pixels. Fields are cut from the stored latents and
-embedding grids of whole tiles, so a tile is encoded once whatever size is trained on. The fields of a tile are
-counted in row-major order.
+embedding grids of whole tiles, so a tile is encoded once whatever size is trained on. The fields of a tile
+are counted in row-major order.
 """
 
 from collections import OrderedDict

@@ -11,7 +11,6 @@ many machines work on one store without locks.
 """
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,41 +20,20 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pixcell.data.columns import Column, differences, read_sidecar, sidecar_of, write_column_shard
+from pixcell.data.columns import Column, differences, read_sidecar, stale_message, write_column_shard
 from pixcell.data.images import ImageShard, TileRecord, write_image_shard
-from pixcell.data.sealed import SEAL_BYTES, broken_seal, sealed_digest
-from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch
+from pixcell.data.index import INDEX_COLUMNS, up_to_date_index
+from pixcell.data.integrity import Problem, problems_in
+from pixcell.data.sealed import sealed_digest
+from pixcell.errors import MissingColumn, StoreError, StoreMismatch
 from pixcell.files import remove_leftovers, write_whole, writing_to
 
 __all__ = ["ColumnSummary", "Problem", "TileStore", "check_slide_id"]
 
-logger = logging.getLogger(__name__)
-
 _FORMAT, _VERSION = "pixcell-tiles", 1
 _NOT_COLUMNS = {"images", "qc", "reports"}
 _COLUMN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SHARDS_KEY = b"pixcell_shards"
-_INDEX_COLUMNS = {
-    "slide_id": pa.string(),
-    "tile": pa.int32(),
-    "x": pa.int64(),
-    "y": pa.int64(),
-    "tissue": pa.float64(),
-    "pen": pa.float64(),
-    "sharpness": pa.float64(),
-    "name": pa.string(),
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that :meth:`TileStore.verify` found."""
-
-    column: str
-    slide_id: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -192,9 +170,12 @@ class TileStore:
 
     # ── what is there ────────────────────────────────────────────────────────────────────────────
 
-    def slide_ids(self) -> list[str]:
-        """Return the slides that have images, sorted."""
-        return self._finished("images")
+    def slide_ids(self, column: str = "images") -> list[str]:
+        """Return the slides that are done in a column, sorted."""
+        suffix = ".h5" if column == "images" else ".npy"
+        folder = self.path / column
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
 
     def columns(self) -> list[str]:
         """Return the columns that have at least one finished shard, ``images`` first."""
@@ -203,19 +184,18 @@ class TileStore:
             for entry in os.scandir(self.path)
             if entry.is_dir() and not entry.name.startswith(".") and entry.name not in _NOT_COLUMNS
         ]
-        return [name for name in ["images", *sorted(names)] if self._finished(name)]
+        return [name for name in ["images", *sorted(names)] if self.slide_ids(name)]
 
     def has(self, column: str, slide_id: str) -> bool:
         """Tell whether a slide is done in a column."""
-        return self._shard(column, slide_id).exists()
+        return self.shard_path(column, slide_id).exists()
 
-    def _finished(self, column: str) -> list[str]:
-        suffix = ".h5" if column == "images" else ".npy"
-        folder = self.path / column
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    def shard_path(self, column: str, slide_id: str) -> Path:
+        """Return where the shard of a slide is, or will be.
 
-    def _shard(self, column: str, slide_id: str) -> Path:
+        Raises:
+            StoreError: If the column or the slide cannot have that name.
+        """
         if column != "images" and (column in _NOT_COLUMNS or not _COLUMN_NAME.fullmatch(column)):
             raise StoreError(
                 f"{column!r} cannot be the name of a column: use letters, digits, '-', '_' and '.', "
@@ -241,7 +221,7 @@ class TileStore:
             StoreMismatch: If another slide has this id, or a tile is not cut as this store's tiles are.
             NoTissue: If there is no tile.
         """
-        shard = self._shard("images", slide_id)
+        shard = self.shard_path("images", slide_id)
         if not shard.exists():
             write_image_shard(shard, self._checked(slide_id, tiles), slide, slide_id)
         stored = ImageShard(shard)
@@ -264,7 +244,7 @@ class TileStore:
                 )
             if jpeg[:2] != b"\xff\xd8":
                 raise StoreError(f"the tile at x={tile.x}, y={tile.y} of slide {slide_id!r} is not a JPEG.")
-            if taken := set(tile.attributes) & set(_INDEX_COLUMNS):
+            if taken := set(tile.attributes) & set(INDEX_COLUMNS):
                 raise StoreError(
                     f"{sorted(taken)[0]!r} cannot be the name of an attribute: the index has a column of "
                     "that name. Rename it in the metadata."
@@ -278,7 +258,7 @@ class TileStore:
             StoreError: If the slide is not in the store.
             CorruptShard: If its file is damaged.
         """
-        shard = self._shard("images", slide_id)
+        shard = self.shard_path("images", slide_id)
         if not shard.exists():
             known = self.slide_ids()
             listed = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
@@ -315,7 +295,7 @@ class TileStore:
             StoreMismatch: If the column was begun by something else; names what differs. Or if the number of
                 tiles is not that of the images.
         """
-        shard = self._shard(column, slide_id)
+        shard = self.shard_path(column, slide_id)
         with self.images(slide_id) as images:
             if len(images) != num_tiles:
                 raise StoreMismatch(
@@ -328,7 +308,7 @@ class TileStore:
         self._same_maker(column, facts)
         if shard.exists():
             if read_sidecar(shard)["images_sha256"] != checksum:
-                raise StoreMismatch(_stale(column, slide_id))
+                raise StoreMismatch(stale_message(column, slide_id))
             return
         write_column_shard(
             shard,
@@ -341,8 +321,8 @@ class TileStore:
         )
 
     def _same_maker(self, column: str, facts: Mapping[str, Any]) -> None:
-        for slide_id in self._finished(column)[:1]:
-            stored = read_sidecar(self._shard(column, slide_id))
+        for slide_id in self.slide_ids(column)[:1]:
+            stored = read_sidecar(self.shard_path(column, slide_id))
             if found := differences({key: stored[key] for key in facts}, facts):
                 raise StoreMismatch(
                     f"column {column!r} of {self.path} was made by something else: {'; '.join(found)}. "
@@ -367,7 +347,7 @@ class TileStore:
         checksums = self.checksums()
         for slide_id, checksum in column.made_from.items():
             if checksums.get(slide_id) != checksum:
-                raise StoreMismatch(_stale(name, slide_id))
+                raise StoreMismatch(stale_message(name, slide_id))
         return column
 
     # ── the index ────────────────────────────────────────────────────────────────────────────────
@@ -376,7 +356,7 @@ class TileStore:
         """Return the checksum that each images shard states, by slide."""
         result = {}
         for slide_id in self.slide_ids():
-            shard = self._shard("images", slide_id)
+            shard = self.shard_path("images", slide_id)
             facts = shard.stat()
             known = self._digests.get(slide_id)
             if known is None or known[:2] != (facts.st_mtime_ns, facts.st_size):
@@ -391,50 +371,10 @@ class TileStore:
         ``pen``, ``sharpness``, ``name``, then every attribute (label, organ, stain, split, ...), null where a
         tile has none. Kept in ``index.parquet`` and made again when shards were added, replaced or removed.
         """
-        checksums = self.checksums()
-        wanted = json.dumps(checksums, sort_keys=True).encode()
-        if self._index is None or self._index.schema.metadata[_SHARDS_KEY] != wanted:
-            self._index = self._stored_index()
-        if self._index is None or self._index.schema.metadata[_SHARDS_KEY] != wanted:
-            self._index = self._rebuilt_index(self._index, checksums).replace_schema_metadata(
-                {_SHARDS_KEY: wanted}
-            )
-            with write_whole(self.path / "index.parquet") as temporary:
-                pq.write_table(self._index, temporary)
+        self._index = up_to_date_index(
+            self.path / "index.parquet", self.checksums(), self.images, known=self._index
+        )
         return self._index
-
-    def _stored_index(self) -> pa.Table | None:
-        path = self.path / "index.parquet"
-        if not path.exists():
-            return None
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            logger.info("%s is damaged (%s); it is derived, so it is made again", path, error)
-            return None
-        return table if _SHARDS_KEY in (table.schema.metadata or {}) else None
-
-    def _rebuilt_index(self, old: pa.Table | None, checksums: Mapping[str, str]) -> pa.Table:
-        """Read new shards only; rows of shards that did not change are taken over."""
-        import pyarrow.compute as pc
-
-        known = {} if old is None else json.loads(old.schema.metadata[_SHARDS_KEY])
-        kept = [slide_id for slide_id in checksums if known.get(slide_id) == checksums[slide_id]]
-        parts = [pa.schema(list(_INDEX_COLUMNS.items())).empty_table()]
-        if old is not None and kept:
-            rows = old.filter(pc.is_in(old["slide_id"], pa.array(kept, pa.string())))
-            # A column that only belonged to shards that are gone must go, too.
-            unused = [
-                name
-                for name in rows.column_names
-                if name not in _INDEX_COLUMNS and rows[name].null_count == len(rows)
-            ]
-            parts.append(rows.drop_columns(unused).replace_schema_metadata(None))
-        parts += [_rows_of(self.images(slide_id)) for slide_id in sorted(set(checksums) - set(kept))]
-        table = pa.concat_tables(parts, promote_options="default")
-        attributes = sorted(set(table.column_names) - set(_INDEX_COLUMNS))
-        table = table.select([*_INDEX_COLUMNS, *attributes])
-        return table.sort_by([("slide_id", "ascending"), ("tile", "ascending")]).combine_chunks()
 
     @property
     def num_tiles(self) -> int:
@@ -445,94 +385,23 @@ class TileStore:
 
     def verify(self) -> list[Problem]:
         """Read every byte; return everything that is not as it was written, or does not fit together."""
-        problems = []
-        num_tiles: dict[str, int] = {}
-        checksums: dict[str, str] = {}
-        for slide_id in self.slide_ids():
-            path = self._shard("images", slide_id)
-            try:
-                shard = ImageShard(path)
-                num_tiles[slide_id], checksums[slide_id] = len(shard), shard.checksum
-                reason = broken_seal(path)
-            except CorruptShard as error:
-                reason = str(error)
-            if reason:
-                problems.append(Problem("images", slide_id, reason))
-        for column in self.columns()[1:]:
-            for slide_id in self._finished(column):
-                reasons = self._problems_of(column, slide_id, num_tiles, checksums)
-                problems += [Problem(column, slide_id, reason) for reason in reasons]
-            try:
-                Column(self.path / column)
-            except StoreMismatch as error:
-                problems.append(Problem(column, "*", str(error)))
-            except CorruptShard:
-                pass  # a lost description; reported above, with its slide
-        return problems
-
-    def _problems_of(
-        self, column: str, slide_id: str, num_tiles: Mapping[str, int], checksums: Mapping[str, str]
-    ) -> Iterator[str]:
-        shard = self._shard(column, slide_id)
-        try:
-            facts = read_sidecar(shard)
-        except CorruptShard as error:
-            yield str(error)
-            return
-        if slide_id not in num_tiles:
-            yield f"{shard} belongs to a slide whose images are missing or damaged."
-        elif facts["num_tiles"] != num_tiles[slide_id]:
-            yield f"{shard} has {facts['num_tiles']} tiles, the images have {num_tiles[slide_id]}."
-        elif facts["images_sha256"] != checksums[slide_id]:
-            yield _stale(column, slide_id)
-        if reason := broken_seal(shard):
-            yield reason
-            return
-        try:
-            found = np.load(shard, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
-            yield f"{shard} is no array: {error}."
-            return
-        stated = (facts["num_tiles"], *facts["shape"])
-        bytes_stated = found.nbytes + SEAL_BYTES + found.offset
-        if found.shape != stated or found.dtype != facts["dtype"] or shard.stat().st_size != bytes_stated:
-            yield f"{shard} holds {found.shape} {found.dtype}; {sidecar_of(shard).name} states {stated}."
+        return list(problems_in(self))
 
     def summary(self) -> list[ColumnSummary]:
         """Return what the store holds of each column."""
         slides = set(self.slide_ids())
         result = []
         for name in self.columns():
-            done = self._finished(name)
-            facts = {} if name == "images" else read_sidecar(self._shard(name, done[0]))
+            done = self.slide_ids(name)
+            facts = {} if name == "images" else read_sidecar(self.shard_path(name, done[0]))
             result.append(
                 ColumnSummary(
                     name=name,
                     num_slides=len(done),
                     num_missing=len(slides - set(done)),
-                    num_bytes=sum(self._shard(name, slide_id).stat().st_size for slide_id in done),
+                    num_bytes=sum(self.shard_path(name, slide_id).stat().st_size for slide_id in done),
                     shape=facts.get("shape"),
                     made_by=facts.get("made_by", {}),
                 )
             )
         return result
-
-
-def _stale(column: str, slide_id: str) -> str:
-    return (
-        f"column {column!r} of slide {slide_id!r} was made from other images than the ones in the store. "
-        f"Delete {column}/{slide_id}.npy and .json and run `pixcell encode` again."
-    )
-
-
-def _rows_of(shard: ImageShard) -> pa.Table:
-    tiles = shard.tiles
-    columns = {
-        "slide_id": pa.array([shard.slide_id] * len(tiles), pa.string()),
-        "tile": pa.array(range(len(tiles)), pa.int32()),
-    }
-    for name, kind in list(_INDEX_COLUMNS.items())[2:]:
-        columns[name] = pa.array([tile[name] for tile in tiles], kind)
-    for name in sorted({name for tile in tiles for name in tile["attributes"]}):
-        columns[name] = pa.array([tile["attributes"].get(name) for tile in tiles], pa.string())
-    return pa.table(columns)
