@@ -29,7 +29,7 @@ class Problem:
 
 
 def problems_in(store: "TileStore") -> Iterator[Problem]:
-    """Yield what is wrong: changed or missing bytes, lost descriptions, columns that do not fit the images."""
+    """Yield what is wrong: changed or missing bytes, lost descriptions, columns that do not fit images."""
     num_tiles: dict[str, int] = {}
     checksums: dict[str, str] = {}
     for slide_id in store.slide_ids():
