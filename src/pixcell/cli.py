@@ -153,7 +153,7 @@ def train(
     Example: pixcell train nano --set data.store=stores/brca --set trainer.steps=2000
     """
     from pixcell.tasks.train import train as train_model
-    from pixcell.training.trainer import TrainRecipe
+    from pixcell.training.recipe import TrainRecipe
 
     results.print(train_model(load_recipe(TrainRecipe, recipe, set_ or []), run))
 

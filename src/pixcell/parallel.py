@@ -86,16 +86,21 @@ def _map_processes(
     suspects: list[Item] = []
     with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
         waiting: dict[Future[Any], Item] = {pool.submit(_attempt, function, item): item for item in items}
-        while waiting:
-            ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ready:
-                item = waiting.pop(future)
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    suspects.append(item)
-                except Exception as error:  # noqa: BLE001 - a result that does not pickle, say
-                    yield Failed(item, error)
+        try:
+            while waiting:
+                ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    item = waiting.pop(future)
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool:
+                        suspects.append(item)
+                    except Exception as error:  # noqa: BLE001 - a result that does not pickle, say
+                        yield Failed(item, error)
+        finally:
+            # A caller that stops early (the disk is full, Ctrl-C) waits for the slides in flight, not for all.
+            for future in waiting:
+                future.cancel()
     # A dead worker breaks the whole pool. Each unfinished item gets one try in a process of its own,
     # which tells the culprit from those that only stood in the queue.
     for item in suspects:

@@ -76,8 +76,9 @@ def frechet_distance(first: Float[np.ndarray, "n dim"], second: Float[np.ndarray
 
         |mean_1 - mean_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1^(1/2) cov_2 cov_1^(1/2))^(1/2))
 
-    The trace of the root is the sum of the singular values of ``cov_1^(1/2) cov_2^(1/2)``, which stay real
-    and non-negative where the usual root of the (unsymmetric) product of covariances turns complex.
+    The trace of the root is the sum of the singular values of ``a_1 a_2^T`` for any ``a`` with
+    ``a^T a = cov``; here the triangle of a QR decomposition of the centred features. So no covariance is
+    squared up and no root taken, and nothing turns complex or negative where features hardly vary.
 
     It is biased: the fewer the pictures, the larger. Compare only values of equal counts.
 
@@ -95,14 +96,10 @@ def frechet_distance(first: Float[np.ndarray, "n dim"], second: Float[np.ndarray
             "The kernel distance is unbiased at any count: use that, or add pictures"
         )
     mean_difference = first.mean(0) - second.mean(0)
-    covariance_1, covariance_2 = _covariance(first), _covariance(second)
-    root_product = _root(covariance_1) @ _root(covariance_2)
-    trace_of_root = np.linalg.svd(root_product, compute_uv=False).sum()
+    factor_1, factor_2 = _covariance_factor(first), _covariance_factor(second)
+    trace_of_root = np.linalg.svd(factor_1 @ factor_2.T, compute_uv=False).sum()
     distance = (
-        mean_difference @ mean_difference
-        + np.trace(covariance_1)
-        + np.trace(covariance_2)
-        - 2 * trace_of_root
+        mean_difference @ mean_difference + (factor_1**2).sum() + (factor_2**2).sum() - 2 * trace_of_root
     )
     return max(float(distance), 0.0)  # a set against itself ends some rounding below zero
 
@@ -193,8 +190,8 @@ def precision_recall(
     real, synthetic = _checked(real, synthetic)
     if min(len(real), len(synthetic)) <= neighbours:
         raise TooFewPictures(
-            f"precision and recall look at {neighbours} neighbours and need at least {neighbours + 1} pictures "
-            f"on each side; there are {len(real)} and {len(synthetic)}"
+            f"precision and recall look at {neighbours} neighbours and need at least {neighbours + 1} "
+            f"pictures on each side; there are {len(real)} and {len(synthetic)}"
         )
     return Coverage(
         precision=_share_inside(synthetic, real, _radii(real, neighbours)),
@@ -265,15 +262,10 @@ def _checked(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndar
     return first.astype(np.float64), second.astype(np.float64)
 
 
-def _covariance(features: np.ndarray) -> np.ndarray:
-    centred = features - features.mean(0)
-    return centred.T @ centred / (len(features) - 1)
-
-
-def _root(covariance: np.ndarray) -> np.ndarray:
-    """Return the symmetric root of a positive semi-definite matrix; rounding below zero is cut off."""
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+def _covariance_factor(features: np.ndarray) -> np.ndarray:
+    """Return a triangle ``a`` with ``a^T a`` the covariance of the features."""
+    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    return np.linalg.qr(centred, mode="r")
 
 
 def _squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
