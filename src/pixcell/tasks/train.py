@@ -1,0 +1,150 @@
+"""Train a model by a recipe, in a run folder that can be killed and gone on with at any time.
+
+    runs/<name>/
+    ├── recipe.yaml          as resolved, with every default
+    ├── environment.json     versions at each start
+    ├── metrics.jsonl        figures, one line per logged step; tensorboard/ shows the same
+    ├── previews/            held-out tissue above what the model makes of its embeddings
+    └── checkpoints/         step-…/pipeline to use, step-…/state to go on
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pixcell.config import load_recipe, save_recipe
+from pixcell.console import facts, is_main_process
+from pixcell.errors import OutputError, RunError
+from pixcell.files import write_json, writing_to
+from pixcell.provenance import environment, now
+from pixcell.training.checkpoints import Checkpoint, exclusively
+from pixcell.training.recipe import TrainRecipe, build_objective
+from pixcell.training.trainer import Trainer
+
+__all__ = ["TrainResult", "train"]
+
+# What may differ between the starts of one run: none of it moves a weight.
+_FREE = {
+    "name",
+    "trainer.keep_last",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+    "trainer.tensorboard",
+    "trainer.workers",
+    "objective.preview_steps",
+    "objective.preview_guidance",
+}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run stands after a call."""
+
+    run: Path
+    step: int
+    num_steps: int
+    checkpoint: Path
+    preview: Path
+    loss: float | None
+    """Mean over the last logged steps; None if there was nothing left to do."""
+    seconds: float
+    """Spent on training in all, over every start."""
+    samples_per_s: float | None
+    stopped_by: str | None
+    """The signal that ended it early, if one did."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last step was taken."""
+        return self.step >= self.num_steps
+
+    def __rich__(self) -> Table:
+        """Lay the result out for a terminal."""
+        end = "complete" if self.is_complete else f"stopped by {self.stopped_by}; run the same command to go on"
+        return facts(
+            f"Run {self.run}",
+            {
+                "steps": f"{self.step} of {self.num_steps}, {end}",
+                "loss": "-" if self.loss is None else f"{self.loss:.4f}",
+                "images/s": "-" if self.samples_per_s is None else f"{self.samples_per_s:.1f}",
+                "time": f"{self.seconds / 60:.1f} min",
+                "checkpoint": self.checkpoint,
+                "preview": self.preview,
+            },
+        )
+
+
+def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> TrainResult:
+    """Train to the recipe's last step; go on where an earlier call was stopped or killed.
+
+    Args:
+        recipe: The whole run.
+        run: Its folder. None: ``runs/<recipe name>``.
+        resume: Go on from the last checkpoint. False: the folder must hold none.
+
+    Raises:
+        RecipeError: If parts of the recipe do not fit each other or the data.
+        StoreError: If a store or column is missing or does not fit.
+        RunError: If the folder is of another recipe, in use, or its checkpoint is damaged; or the loss is NaN.
+        OutputError: If the folder cannot be written. The last checkpoint stays usable.
+    """
+    run = run or Path("runs") / recipe.name
+    with exclusively(run) if is_main_process() else contextlib.nullcontext():
+        _must_be_same_recipe(run, recipe)
+        if not resume and (last := Checkpoint.last(run)) is not None:
+            raise OutputError(f"{run} holds a run at step {last.step}: resume it, or choose another folder with --run.")
+        trainer = Trainer(build_objective(recipe), recipe.optimizer, recipe.trainer, run, recipe.name)
+        if is_main_process():
+            save_recipe(recipe, run / "recipe.yaml")
+            _note_environment(run / "environment.json")
+        with writing_to(run):
+            outcome = trainer.fit(resume)
+    return TrainResult(
+        run=run,
+        step=outcome.step,
+        num_steps=recipe.trainer.steps,
+        checkpoint=outcome.checkpoint.path,
+        preview=run / "previews" / f"{outcome.checkpoint.path.name}.png",
+        loss=outcome.loss,
+        seconds=outcome.seconds,
+        samples_per_s=outcome.samples_per_s,
+        stopped_by=outcome.stopped_by,
+    )
+
+
+def _must_be_same_recipe(run: Path, recipe: TrainRecipe) -> None:
+    """Refuse to go on by another recipe; a run is one recipe from its first step to its last."""
+    path = run / "recipe.yaml"
+    if not path.is_file() or Checkpoint.last(run) is None:
+        return
+    before = _flat(load_recipe(TrainRecipe, path).model_dump(mode="json"))
+    wanted = _flat(recipe.model_dump(mode="json"))
+    free = _FREE | ({"trainer.steps"} if recipe.optimizer.schedule == "constant" else set())
+    differences = [
+        f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}"
+        for key in sorted({*before, *wanted} - free)
+        if before.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise RunError(
+            f"{run} was begun by another recipe: {'; '.join(differences)}. "
+            f"Choose another folder with --run, or go on by its own recipe: pixcell train {path}"
+        )
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _note_environment(path: Path) -> None:
+    """Add the versions of this start: one run may be resumed on another machine."""
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    write_json(path, [*starts, {"started": now(), **environment()}])

@@ -1,0 +1,174 @@
+"""Train a small autoencoder on the pixels of a store: what diffusion models then see instead of pixels.
+
+    loss = |picture - reconstruction| + edges * |their differences| + kl * KL(posterior, N(0, 1))
+
+The reconstruction is that of a draw from the posterior. The KL term widens the posterior until the decoder only
+just copes, which makes latents smooth and tolerant of small errors: those of a generator. Four channels that
+reconstruct a little softly can be learned by a small generator in minutes, sixteen sharp ones cannot.
+
+Latents are scaled by their measured mean and standard deviation at each export, so that diffusion sees
+zero mean and unit variance whatever the KL term led to.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from jaxtyping import Float, UInt8
+from pydantic import Field
+from torch import Tensor
+
+from pixcell.config import Config
+from pixcell.data.datasets import FieldDataset
+from pixcell.errors import RecipeError
+from pixcell.files import write_json
+from pixcell.models.autoencoder import TissueAutoencoder
+from pixcell.models.codec import to_uint8
+from pixcell.models.weights import weights_sha256
+from pixcell.provenance import environment
+from pixcell.training.determinism import Without
+from pixcell.training.objectives import Preview, picture_rows, spread_over
+
+__all__ = ["Autoencoding", "AutoencodingConfig", "ImageCrops"]
+
+_MEASURED = 256
+"""Fields from which the scale of the latents is measured."""
+
+
+class AutoencodingConfig(Config):
+    """How a reconstruction is judged."""
+
+    name: Literal["autoencoding"] = "autoencoding"
+    crop_size: int = Field(128, gt=0, multiple_of=8)
+    """Side of the random crop that is trained on, in pixels. The autoencoder is local: small crops do."""
+    edges: float = Field(1.0, ge=0)
+    """Weight of the error in differences of neighbouring pixels, which a plain mean error leaves soft."""
+    kl: float = Field(1e-3, ge=0)
+    """Weight of the divergence of the posterior from N(0, 1), in nats per latent value."""
+
+
+class ImageCrops:
+    """Random crops of fields, flipped and turned by quarters. Tissue has no up and no left."""
+
+    def __init__(self, fields: FieldDataset, crop_size: int, latent_channels: int, held_out: Sequence[int]) -> None:
+        if crop_size > fields.size:
+            raise RecipeError(
+                f"objective.crop_size {crop_size} is larger than data.size {fields.size}: choose at most that."
+            )
+        self.fields, self.crop_size, self.latent_channels = fields, crop_size, latent_channels
+        self._kept, self._count = Without(held_out), len(fields) - len(held_out)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def draw(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[dict[str, Any]]:
+        """Return uint8 crops, and the noise of the draws from their posteriors."""
+        items = self.fields.__getitems__([self._kept[index] for index in indices])
+        side = self.crop_size // TissueAutoencoder.downsampling
+        return [
+            {
+                "image": self._crop(item["image"], rng),
+                "noise": torch.from_numpy(
+                    rng.standard_normal((self.latent_channels, side, side), dtype=np.float32)
+                ),
+                "key": item["key"],
+            }
+            for item, rng in zip(items, rngs, strict=True)
+        ]
+
+    def _crop(self, image: UInt8[Tensor, "3 height width"], rng: np.random.Generator) -> Tensor:
+        top, left = rng.integers(0, self.fields.size - self.crop_size + 1, 2)
+        crop = image[:, top : top + self.crop_size, left : left + self.crop_size]
+        crop = crop.rot90(int(rng.integers(4)), (1, 2))
+        return (crop.flip(2) if rng.random() < 0.5 else crop).contiguous()
+
+
+class Autoencoding:
+    """The objective of :class:`TissueAutoencoder`.
+
+    Args:
+        model: To be trained.
+        fields: With images.
+        config: How a reconstruction is judged.
+        held_out: Indices of fields kept out of training, for previews and the figures that go with them.
+    """
+
+    def __init__(
+        self,
+        model: TissueAutoencoder,
+        fields: FieldDataset,
+        config: AutoencodingConfig,
+        held_out: Sequence[int],
+    ) -> None:
+        self.trainable, self.config = model, config
+        self.samples = ImageCrops(fields, config.crop_size, model.config.latent_channels, held_out)
+        self._held_out = torch.stack([item["image"] for item in fields.__getitems__(held_out)])
+        self._measured_on = spread_over(_MEASURED, len(fields)) or [0]
+        self._device = torch.device("cpu")
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Number and size of fields, and their resolution."""
+        fields = self.samples.fields
+        return {"fields": len(fields), "size": fields.size, "mpp": fields.mpp}
+
+    def move_to(self, device: torch.device) -> None:
+        """Nothing is frozen here; held-out pictures follow at each preview."""
+        self._device = device
+
+    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return ``loss``, and its parts ``pixels``, ``edges`` and ``kl``."""
+        images = _signed(batch["image"])
+        posterior = self.trainable.encode(images).latent_dist
+        reconstruction = self.trainable.decode(posterior.mean + posterior.std * batch["noise"]).sample.float()
+        pixels = F.l1_loss(reconstruction, images)
+        edges = sum(F.l1_loss(reconstruction.diff(dim=side), images.diff(dim=side)) for side in (2, 3)) / 2
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = pixels + self.config.edges * edges + self.config.kl * kl
+        return {"loss": loss, "pixels": pixels, "edges": edges, "kl": kl}
+
+    @torch.no_grad()
+    def preview(self) -> Preview:
+        """Show held-out fields above their reconstructions, with the peak signal-to-noise ratio in decibels."""
+        images = _signed(self._held_out.to(self._device))
+        posterior = self.trainable.encode(images).latent_dist
+        restored = self.trainable.decode(posterior.mean).sample.clamp(-1, 1).float()
+        psnr = 10 * torch.log10(4 / (restored - images).square().flatten(1).mean(1)).mean()
+        pictures = to_uint8(restored / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
+        originals = self._held_out.permute(0, 2, 3, 1).numpy()
+        rows = {"real, held out": list(originals), f"reconstructed, {psnr:.1f} dB": list(pictures)}
+        return Preview(picture_rows(rows), {"psnr_db": float(psnr)})
+
+    @torch.no_grad()
+    def export(self, folder: Path, previous: Path | None) -> None:
+        """Write ``vae/`` with its measured scale, and ``pixcell.json``."""
+        shift, scale = self._measured_scale()
+        self.trainable.register_to_config(shift_factor=shift, scaling_factor=scale)
+        self.trainable.save_pretrained(folder / "vae")
+        facts = {"kind": "autoencoder", "sha256": weights_sha256(self.trainable), **self.facts}
+        write_json(folder / "pixcell.json", {**facts, "environment": environment()})
+
+    def _measured_scale(self) -> tuple[float, float]:
+        """Mean, and one over the standard deviation, of draws from the posteriors of fields of the store."""
+        count, total, squares, inner = 0, 0.0, 0.0, 0.0
+        for start in range(0, len(self._measured_on), 8):
+            items = self.samples.fields.__getitems__(self._measured_on[start : start + 8])
+            images = torch.stack([item["image"] for item in items])
+            posterior = self.trainable.encode(_signed(images.to(self._device))).latent_dist
+            mean, std = posterior.mean.double(), posterior.std.double()
+            count += mean.numel()
+            total += float(mean.sum())
+            squares += float(mean.square().sum())
+            inner += float(std.square().sum())  # variance of a mixture: of the means, plus the mean of variances
+        mean_of_all = total / count
+        variance = squares / count - mean_of_all**2 + inner / count
+        return mean_of_all, variance**-0.5
+
+
+def _signed(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """8-bit pictures to [-1, 1]."""
+    return images.float() / 127.5 - 1

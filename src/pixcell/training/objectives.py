@@ -1,0 +1,105 @@
+"""What the trainer knows about a task: nothing but this protocol.
+
+An objective says what is trained, which samples there are, what the loss of a batch is, how to look at the
+result, and how to save it for use. The trainer does the rest: devices, steps, averages, checkpoints, resume.
+Pass your own object with these members to :class:`pixcell.training.trainer.Trainer`; no registration.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+__all__ = ["Objective", "Preview", "Samples", "picture_rows", "spread_over"]
+
+_GAP, _CAPTION = 4, 18
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A look at the model on samples it was not trained on."""
+
+    picture: UInt8[np.ndarray, "height width 3"]
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Written to the metrics, as ``held_out/<name>``."""
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Where training samples come from. Crosses into loader processes, so it must pickle."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def draw(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[dict[str, Any]]:
+        """Return samples, each as tensors of fixed shapes and its name as ``key``.
+
+        Everything random about a sample (crop, noise, time, dropout) is drawn here, from its own generator and
+        nothing else: that is what makes a resumed run equal to one that was left alone.
+        """
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A training task."""
+
+    trainable: nn.Module
+    """What the optimiser moves and the average follows; frozen parts stand elsewhere."""
+    samples: Samples
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What must be equal for a run to go on: which data, made by which models. JSON values."""
+
+    def move_to(self, device: torch.device) -> None:
+        """Bring frozen parts to where the training runs."""
+
+    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return ``loss`` and, under other names, its parts: scalars, means over the batch."""
+
+    def preview(self) -> Preview:
+        """Look at the model as it is (the trainer puts the averages in place). Must touch no global chance."""
+
+    def export(self, folder: Path, previous: Path | None) -> None:
+        """Write the model for use into an empty folder.
+
+        Args:
+            folder: Where.
+            previous: The last export of this run, whose frozen files may be linked instead of written.
+        """
+
+
+def picture_rows(
+    rows: Mapping[str, Sequence[UInt8[np.ndarray, "height width 3"]]],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Lay pictures out in captioned rows, column under column."""
+    height, width = next(iter(rows.values()))[0].shape[:2]
+    columns = max(len(pictures) for pictures in rows.values())
+    sheet = Image.new(
+        "RGB", (columns * (width + _GAP) + _GAP, len(rows) * (height + _CAPTION + _GAP)), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    for row, (caption, pictures) in enumerate(rows.items()):
+        top = row * (height + _CAPTION + _GAP)
+        pen.text((_GAP, top + 3), caption, fill="black")
+        for column, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (column * (width + _GAP) + _GAP, top + _CAPTION))
+    return np.asarray(sheet)
+
+
+def spread_over(count: int, total: int) -> list[int]:
+    """Return up to ``count`` numbers below ``total``, evenly spread: the samples held out of training.
+
+    At most half of all are held out.
+
+    >>> spread_over(3, 12), spread_over(4, 2)
+    ([2, 6, 10], [0])
+    """
+    count = min(count, total // 2)
+    return [total * (2 * place + 1) // (2 * count) for place in range(count)]

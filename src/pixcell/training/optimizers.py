@@ -1,0 +1,121 @@
+"""How weights move: the optimiser, its learning rate over time, and the running average of the weights."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pixcell.config import Config
+from pixcell.errors import RunError
+
+__all__ = ["AveragedWeights", "OptimizerConfig", "learning_rate", "make_optimizer"]
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning rate."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(2e-5, gt=0)
+    """After warm-up. Not scaled by the batch size."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled: each step takes this share of ``lr`` off every weight."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: as it is, or down to ``final_lr_share`` along half a cosine."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises from 0, in optimiser steps of the whole run (not per process)."""
+    final_lr_share: float = Field(0.0, ge=0, le=1)
+    """Where the cosine ends, as a share of ``lr``."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Longest gradient, by its norm over all weights. None: not clipped."""
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return the optimiser of all weights that want a gradient."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(
+        weights,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=all(weight.device.type in ("cpu", "cuda") for weight in weights),  # one pass over the memory
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Return the rate of a step; ``step`` 0 is the first.
+
+    >>> config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule="cosine")
+    >>> [round(learning_rate(config, step, 6), 3) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * share)
+
+
+class AveragedWeights:
+    """Exponential moving average of a model's weights, in float32: what is sampled from.
+
+    ``average = decay * average + (1 - decay) * weight`` after every step, over parameters only (buffers are
+    constants here). Early on the decay is ``(1 + step) / (10 + step)`` where that is smaller, so that the
+    random start is forgotten: a run of a thousand steps at 0.999 would else be averaged with it.
+
+    Args:
+        model: Whose weights.
+        decay: Share that is kept each step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.averages = {name: weight.detach().float().clone() for name, weight in self._weights.items()}
+        self.displaced: dict[str, Tensor] = {}
+        """The weights themselves, while the averages are in their place; else empty."""
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step ``step`` (0 is the first)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        weights = [weight.detach().float() for weight in self._weights.values()]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the averages into the model for the length of a block; the weights come back bit for bit."""
+        self.displaced = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        try:
+            self._fill(self.averages)
+            yield
+        finally:
+            self._fill(self.displaced)
+            self.displaced = {}
+
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Go on from saved averages.
+
+        Raises:
+            RunError: If they are of another model.
+        """
+        if set(averages) != set(self.averages):
+            odd = sorted(set(averages) ^ set(self.averages))
+            raise RunError(f"the saved averages are of another model: {', '.join(odd[:3])} differ(s).")
+        with torch.no_grad():
+            for name, average in self.averages.items():
+                average.copy_(averages[name])
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(values[name])
