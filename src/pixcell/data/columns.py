@@ -195,8 +195,9 @@ class Column:
             slide_id = shard.name.removesuffix(".npy")
             self.num_tiles[slide_id] = facts["num_tiles"]
             self.made_from[slide_id] = facts["images_sha256"]
-        self._record_bytes = math.prod(self.shape) * self.dtype.itemsize
-        self._files = OpenFiles(max_open)
+        self._field_bytes = math.prod(self.shape[2:]) * self.dtype.itemsize
+        self._record_bytes = self.shape[0] * self.shape[1] * self._field_bytes
+        self._files = OpenFiles(self._open, max_open)
 
     @property
     def slide_ids(self) -> list[str]:
@@ -226,26 +227,23 @@ class Column:
     def read_into(self, out: np.ndarray, slide_id: str, tile: int, fields: Box) -> None:
         """Read fields of a tile into a contiguous array of their size and dtype; see :meth:`read`."""
         rows, columns = self.shape[:2]
-        if not Box(0, 0, columns, rows).contains(fields):
+        if fields.x < 0 or fields.y < 0 or fields.right > columns or fields.bottom > rows:
             raise ValueError(f"fields {fields} reach outside the {rows} x {columns} fields of a tile")
-        file, start = self._open(slide_id)
+        file, start = self._files[slide_id]
         if not 0 <= tile < self.num_tiles[slide_id]:
             raise IndexError(f"tile {tile} of {self.num_tiles[slide_id]} in slide {slide_id!r}")
-        field_bytes = self._record_bytes // (rows * columns)
-        buffer = memoryview(out).cast("B")  # type: ignore[arg-type]
         start += tile * self._record_bytes
+        buffer = memoryview(out).cast("B")  # type: ignore[arg-type]
         # Fields of one row lie beside each other; whole rows do, too.
-        stretches, count = (
-            (1, fields.height * columns) if fields.width == columns else (fields.height, fields.width)
-        )
-        length = count * field_bytes
+        stretches = 1 if fields.width == columns else fields.height
+        length = len(buffer) // stretches
         for stretch in range(stretches):
-            offset = start + ((fields.y + stretch) * columns + fields.x) * field_bytes
+            offset = start + ((fields.y + stretch) * columns + fields.x) * self._field_bytes
             file.read_into(buffer[stretch * length : (stretch + 1) * length], offset)
 
     def array(self, slide_id: str) -> np.ndarray:
         """Return all records of a slide, ``(tiles, *shape)``, mapped into memory, read-only."""
-        _, start = self._open(slide_id)
+        _, start = self._files[slide_id]
         shape = (self.num_tiles[slide_id], *self.shape)
         return np.memmap(self._shard(slide_id), self.dtype, mode="r", offset=start, shape=shape)
 
@@ -253,22 +251,19 @@ class Column:
         return self.folder / f"{slide_id}.npy"
 
     def _open(self, slide_id: str) -> tuple[OpenFile, int]:
-        """Return the open shard and where its records begin."""
+        """Open a shard and find where its records begin."""
         if slide_id not in self.num_tiles:
             raise MissingColumn(
                 f"slide {slide_id!r} is not in column {self.name!r} yet. Run `pixcell encode` to complete it."
             )
         header = _header(self.num_tiles[slide_id], self.shape, self.dtype)
-        path = self._shard(slide_id)
-        file, is_new = self._files.get(path)
-        if is_new:
-            size = len(header) + self.num_tiles[slide_id] * self._record_bytes + SEAL_BYTES
-            if file.size != size or file.read(len(header), 0) != header:
-                self._files.forget(path)
-                raise CorruptShard(
-                    f"{path} is not the array that its description states ({file.size} bytes instead of "
-                    f"{size}, or another header). Delete it with its .json and encode the slide again."
-                )
+        file = OpenFile(self._shard(slide_id))
+        size = len(header) + self.num_tiles[slide_id] * self._record_bytes + SEAL_BYTES
+        if file.size != size or file.read(len(header), 0) != header:
+            raise CorruptShard(
+                f"{file.path} is not the array that its description states ({file.size} bytes instead of "
+                f"{size}, or another header). Delete it with its .json and encode the slide again."
+            )
         return file, len(header)
 
 

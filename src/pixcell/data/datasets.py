@@ -5,7 +5,6 @@ embedding grids of whole tiles, so a tile is encoded once whatever size is train
 are counted in row-major order.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
+from pixcell.data.sealed import OpenFiles
 from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch
 from pixcell.geometry import Box
 
@@ -216,13 +216,10 @@ class _Part:
         self._complete_in(names)
         self.slide = pc.index_in(rows["slide_id"], pa.array(self.slide_ids)).to_numpy()
         self.tile, self.x, self.y = (rows[key].to_numpy() for key in ("tile", "x", "y"))
-        self._images: OrderedDict[str, TileImages] = OrderedDict()
+        self._images = OpenFiles(source.images, limit=16)
 
     def __len__(self) -> int:
         return len(self.tile) * self.fields_per_tile
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_images": OrderedDict()}
 
     @property
     def columns(self) -> dict[str, TileColumn]:
@@ -289,11 +286,6 @@ class _Part:
             batch["images"][row] = self._pixels(slide_id, tile_in_slide, field_row, field_column)
 
     def _pixels(self, slide_id: str, tile: int, row: int, column: int) -> np.ndarray:
-        if slide_id not in self._images:
-            self._images[slide_id] = self.source.images(slide_id)
-        self._images.move_to_end(slide_id)
-        while len(self._images) > 16:
-            self._images.popitem(last=False)
         image = self._images[slide_id].image(tile)
         side = self.source.tile_size
         if image.shape != (side, side, 3):

@@ -9,7 +9,9 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from pixcell.errors import CorruptShard
 
@@ -18,6 +20,8 @@ __all__ = ["SEAL_BYTES", "OpenFile", "OpenFiles", "broken_seal", "seal", "sealed
 _PREFIX = b"\nsha256:"
 SEAL_BYTES = len(_PREFIX) + 64 + 1
 _BLOCK = 1 << 20
+
+Opened = TypeVar("Opened")
 
 
 def seal(path: Path) -> str:
@@ -100,40 +104,33 @@ class OpenFile:
             os.close(descriptor)
 
 
-class OpenFiles:
+class OpenFiles(Generic[Opened]):
     """The most recently used files stay open, at most ``limit`` of them.
 
     Pickles as an empty set of open files, so what holds it can travel to a worker process. A file that falls
     out while another thread still reads from it closes when that thread is done.
     """
 
-    def __init__(self, limit: int = 128) -> None:
+    def __init__(self, open_one: Callable[[str], Opened], limit: int) -> None:
+        """Take the function that opens a file by its key."""
         self.limit = limit
-        self._files: OrderedDict[Path, OpenFile] = OrderedDict()
+        self._open_one = open_one
+        self._opened: OrderedDict[str, Opened] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._opened)
 
-    def get(self, path: Path) -> tuple[OpenFile, bool]:
-        """Return the open file, and whether it was opened just now."""
+    def __getitem__(self, key: str) -> Opened:
         with self._lock:
-            file = self._files.get(path)
-            if file is not None:
-                self._files.move_to_end(path)
-                return file, False
-            file = self._files[path] = OpenFile(path)
-            while len(self._files) > self.limit:
-                self._files.popitem(last=False)
-            return file, True
+            opened = self._opened.get(key)
+            if opened is None:
+                opened = self._opened[key] = self._open_one(key)
+                while len(self._opened) > self.limit:
+                    self._opened.popitem(last=False)
+            else:
+                self._opened.move_to_end(key)
+            return opened
 
-    def forget(self, path: Path) -> None:
-        """Close a file as soon as nobody reads from it."""
-        with self._lock:
-            self._files.pop(path, None)
-
-    def __getstate__(self) -> dict[str, int]:
-        return {"limit": self.limit}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._open_one, self.limit)
