@@ -5,6 +5,7 @@ Mistakes of a programmer stay ``ValueError`` and ``TypeError``.
 
     PixCellError
     ├── RecipeError             a recipe or an override is wrong
+    ├── MetadataError           the CSV beside slides or images is wrong
     ├── MissingExtra            an optional dependency is not installed
     ├── OutputError             the result cannot be written (read-only, full, exists)
     ├── SlideError              one slide or image
@@ -29,6 +30,7 @@ from pathlib import Path
 __all__ = [
     "CorruptShard",
     "EvaluationError",
+    "MetadataError",
     "MissingColumn",
     "MissingExtra",
     "MissingWeights",
@@ -56,6 +58,10 @@ class PixCellError(Exception):
 
 class RecipeError(PixCellError):
     """A recipe, or an override of one of its values, is not valid."""
+
+
+class MetadataError(PixCellError):
+    """The table beside slides or images (CSV) is not what it must be; names the line."""
 
 
 class MissingExtra(PixCellError):
