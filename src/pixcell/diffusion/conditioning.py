@@ -52,7 +52,7 @@ class Conditioning:
         side = math.isqrt(tokens.shape[1])
         if side * side != tokens.shape[1]:
             raise ModelError(
-                f"{tokens.shape[1]} embeddings per sample do not make a square grid of fields (1, 4, 16, ...)."
+                f"{tokens.shape[1]} embeddings per sample do not make a square grid of fields (1, 4, 16)."
             )
         return cls(tokens.unflatten(1, (side, side)))
 

@@ -127,7 +127,7 @@ def denoising_loss(
         latents, noise, prediction = latents.float(), noise.float(), prediction.float()
         noise_prediction, logits = prediction[:, :channels], prediction[:, channels:]
         mse = (noise - noise_prediction).square().flatten(1).mean(1)
-        weight = 1.0
+        weight = torch.ones_like(mse)
         if min_snr_gamma is not None:
             snr = schedule.snr.to(timesteps.device)[timesteps].float()
             weight = snr.clamp(max=min_snr_gamma) / snr
@@ -146,7 +146,7 @@ def _bound(
     timesteps: Tensor,
     schedule: NoiseSchedule,
 ) -> Tensor:
-    """Bits per dimension: KL of the step's posterior from the model's, at t = 0 the likelihood of the data."""
+    """Bits per dimension: KL from the step's posterior to the model's; at t = 0 likelihood of the data."""
     alpha_bar = schedule.alpha_bar
     clean_prediction = (
         _at(alpha_bar.rsqrt(), timesteps) * noisy

@@ -6,7 +6,7 @@ modulation (adaLN-single). The output holds the predicted noise and, in a second
 variance of a step lies between its two bounds.
 
 All blocks are diffusers' own. Configuration keys and parameter names are those of the published weights, so
-these load as they are; ``pos_embed``, ``caption_projection`` and ``uncond_embedding`` are their words, not ours.
+these load as they are; ``caption_projection`` and ``uncond_embedding`` are their words, not ours.
 
 **Positions.** Latent coordinates run from 0 to ``sample_size / patch_size / interpolation_scale``: 0 to 32 in
 all published stages, so that a 256, 512 and 1024 model speak of the same square. The condition tokens sit in
@@ -81,6 +81,7 @@ class _ConditionPositions(nn.Module):
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
+        self.y_pos_embed: Tensor
         self.register_buffer("y_pos_embed", table)
 
 
@@ -97,7 +98,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         norm_num_groups: Kept for published configurations; no layer uses it.
         cross_attention_dim: Width of the projected condition; equals the model width.
         attention_bias: Biases of query, key and value.
-        sample_size: Side of the latents trained on (32 for 256 pixels). Other sizes run, on stretched positions.
+        sample_size: Side of the latents trained on (32 for 256 pixels). Others run, on stretched positions.
         patch_size: Side of a latent patch.
         activation_fn: Of the MLP.
         num_embeds_ada_norm: Number of training timesteps; kept for published configurations.
@@ -107,7 +108,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         norm_eps: Of the block norms.
         interpolation_scale: Grid steps per unit of the position coordinate; None: the published rule for
             512 pixels as 1, so ``sample_size / 64``.
-        use_additional_conditions: Only False; size and aspect-ratio conditions belong to PixArt's text models.
+        use_additional_conditions: Only False; size conditions belong to PixArt's text models.
         caption_channels: Width of an embedding.
         attention_type: Only ``"default"``.
         caption_num_tokens: Number of condition tokens, a square number: 1, 4 or 16 in the published stages.
@@ -236,8 +237,8 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states: Noisy latents.
             timestep: 0 to 999, fractions allowed; one for all, or one per sample.
             encoder_hidden_states: Embeddings as the encoder gave them. None: no condition.
-            block_controlnet_hidden_states: Per block, what is added to its output: (batch, image tokens, width).
-                May be shorter than the number of blocks; the last blocks then get nothing.
+            block_controlnet_hidden_states: What is added to the output of each block, (batch, image tokens,
+                width). May be shorter than the number of blocks; the last blocks then get nothing.
             return_dict: Return an object with ``sample`` instead of a tuple of one.
 
         Returns:
@@ -346,8 +347,8 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         if condition.shape[1] != config.caption_num_tokens:
             raise ModelError(
-                f"{condition.shape[1]} condition tokens were given, the model takes {config.caption_num_tokens} "
-                f"(a {self.grid_size} x {self.grid_size} grid of embeddings)."
+                f"{condition.shape[1]} condition tokens were given, the model takes "
+                f"{config.caption_num_tokens} (a {self.grid_size} x {self.grid_size} grid of embeddings)."
             )
         if condition.shape[0] != batch_size:
             raise ModelError(f"{batch_size} latents were given with {condition.shape[0]} conditions.")
@@ -378,19 +379,19 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ):
             nn.init.normal_(layer.weight, std=0.02)
         for block in self.transformer_blocks:
-            nn.init.zeros_(block.attn2.to_out[0].weight)
+            nn.init.zeros_(block.get_parameter("attn2.to_out.0.weight"))
         nn.init.zeros_(self.proj_out.weight)
 
 
 def condition_positions(
     dim: int, num_tokens: int, latent_grid: int, interpolation_scale: float
 ) -> Float[Tensor, "1 tokens {dim}"]:
-    """Return the position table of condition tokens: sines and cosines of where their fields have their middle.
+    """Return the position table of condition tokens: sines and cosines of the middles of their fields.
 
     The coordinates are those of the latent positions, ``latent_grid / interpolation_scale`` long: for the
-    published 512 model the fields are centred at 8 and 24, for 1024 at 4, 12, 20 and 28. (The reference writes
-    the offset as ``latent_grid // tokens``, which is the centre exactly where the interpolation is half the
-    grid side, as in its stages; and its diffusers class divides by 2 whatever the interpolation is, which
+    published 512 model the fields are centred at 8 and 24, for 1024 at 4, 12, 20 and 28. (The reference
+    writes the offset as ``latent_grid // tokens``, which is the centre exactly where the interpolation is half
+    the grid side, as in its stages; and its diffusers class divides by 2 whatever the interpolation is, which
     misplaces the tokens of a 512 model.)
 
     Args:
@@ -412,7 +413,8 @@ def _spread(tokens: Float[Tensor, "old dim"], num_tokens: int) -> Float[Tensor, 
     old, new = math.isqrt(tokens.shape[0]), math.isqrt(num_tokens)
     if max(old, new) % min(old, new):
         raise ModelError(
-            f"a {old} x {old} embedding grid cannot become {new} x {new}: one must be a multiple of the other."
+            f"a {old} x {old} embedding grid cannot become {new} x {new}: "
+            "one must be a multiple of the other."
         )
     places = (torch.arange(new, device=tokens.device) * 2 + 1) * old // (2 * new)
     return tokens.unflatten(0, (old, old))[places][:, places].flatten(0, 1)
@@ -441,5 +443,6 @@ def _check_architecture(
         raise ModelError(f"sample_size {sample_size} must be a positive multiple of patch_size {patch_size}.")
     if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
         raise ModelError(
-            f"caption_num_tokens {num_tokens} is not a square number: the tokens are a grid of fields (1, 4, 16, ...)."
+            f"caption_num_tokens {num_tokens} is not a square number: "
+            "the tokens are a grid of fields (1, 4, 16, ...)."
         )
