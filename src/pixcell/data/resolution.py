@@ -114,8 +114,7 @@ def from_ome(xml: str, width: int, height: int) -> Resolution | None:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError:
         return None
-    images = list(root.iter("{*}Image")) or list(root.iter("Image"))
-    for image in images:
+    for image in root.findall(".//{*}Image"):
         pixels = image.find("{*}Pixels")
         if pixels is None or (pixels.get("SizeX"), pixels.get("SizeY")) != (str(width), str(height)):
             continue
@@ -125,7 +124,7 @@ def from_ome(xml: str, width: int, height: int) -> Resolution | None:
             if found:
                 return found
         reference = image.find("{*}ObjectiveSettings")
-        for objective in root.iter("{*}Objective"):
+        for objective in root.findall(".//{*}Objective"):
             if reference is None or objective.get("ID") == reference.get("ID"):
                 return from_objective(objective.get("NominalMagnification"), "OME-XML NominalMagnification")
     return None
