@@ -5,6 +5,7 @@ embedding grids of whole tiles, so a tile is encoded once whatever size is train
 are counted in row-major order.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pixcell.data.sealed import OpenFiles
 from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch
@@ -149,20 +151,19 @@ class FieldDataset(Dataset[dict[str, Any]]):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Read a batch; the torch loader calls this when it is there."""
         places = [self._place(int(index)) for index in indices]
-        order = sorted(range(len(places)), key=places.__getitem__)
-        batch = self._parts[0].empty_batch(len(places), self.size, self.images)
-        items: list[dict[str, Any]] = [{} for _ in places]
-        for row in order:
+        tensors = self._parts[0].empty_batch(len(places), self.size, self.images)
+        arrays = {kind: tensor.numpy() for kind, tensor in tensors.items()}
+        for row in sorted(range(len(places)), key=places.__getitem__):
             number, tile, field = places[row]
-            self._parts[number].read_into(batch, row, tile, field)
-            items[row]["key"] = self._parts[number].key(tile, field)
-        for kind, array in batch.items():
-            for item, values in zip(items, torch.from_numpy(array), strict=True):
-                if kind == "latents":
-                    item["posterior_mean"], item["posterior_std"] = values.chunk(2)
-                else:
-                    item["embedding_grid" if kind == "embeddings" else "image"] = values
-        return items
+            self._parts[number].read_into(arrays, row, tile, field)
+        batch: dict[str, Any] = {}
+        for kind, values in tensors.items():
+            if kind == "latents":
+                batch["posterior_mean"], batch["posterior_std"] = values.chunk(2, dim=1)
+            else:
+                batch["embedding_grid" if kind == "embeddings" else "image"] = values
+        batch["key"] = [self._parts[number].key(tile, field) for number, tile, field in places]
+        return [_Field(batch, row) for row in range(len(places))]
 
     def key(self, index: int) -> str:
         """Return the key of an item without reading it."""
@@ -176,6 +177,39 @@ class FieldDataset(Dataset[dict[str, Any]]):
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         tile, field = divmod(index - int(self._starts[number]), self._parts[number].fields_per_tile)
         return number, tile, field
+
+
+class _Field(dict[str, Any]):
+    """An item that remembers the batch it was read with, so that the loader need not copy it once more."""
+
+    def __init__(self, batch: Mapping[str, Any], row: int) -> None:
+        super().__init__({name: values[row] for name, values in batch.items()})
+        self.batch, self.row = batch, row
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _collate(items: Sequence[Any], *, collate_fn_map: Any = None) -> Any:
+    """Stack items; a batch that was read in one go is stacked already."""
+    batch = items[0].batch
+    whole = len(items) == len(batch["key"])
+    if whole and all(item.batch is batch and item.row == row for row, item in enumerate(items)):
+        return dict(batch)
+    return default_collate([dict(item) for item in items])
+
+
+# How torch lets a type of item bring its own way of being stacked.
+default_collate_fn_map[_Field] = _collate
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
+    """Make room for a batch; in a loader's worker, where the main process can see it without a copy."""
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=kind)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=kind).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 @dataclass
@@ -258,17 +292,17 @@ class _Part:
                     f"{dict(cut.column.made_by)}. Encode both in the same way."
                 )
 
-    def empty_batch(self, count: int, size: int, images: bool) -> dict[str, np.ndarray]:
+    def empty_batch(self, count: int, size: int, images: bool) -> dict[str, torch.Tensor]:
         batch = {}
         for kind, cut in self._cuts.items():
             shape, side = cut.column.shape[2:], cut.per_side
             if kind == "latents":
                 channels, height, width = shape
-                batch[kind] = np.empty((count, channels, side * height, side * width), cut.column.dtype)
+                batch[kind] = _empty((count, channels, side * height, side * width), cut.column.dtype)
             else:
-                batch[kind] = np.empty((count, side, side, *shape), cut.column.dtype)
+                batch[kind] = _empty((count, side, side, *shape), cut.column.dtype)
         if images:
-            batch["images"] = np.empty((count, 3, size, size), np.uint8)
+            batch["images"] = _empty((count, 3, size, size), np.dtype(np.uint8))
         return batch
 
     def read_into(self, batch: Mapping[str, np.ndarray], row: int, tile: int, field: int) -> None:

@@ -1,0 +1,239 @@
+"""Random 256-pixel fields for training: the tile store against one pair of .npy files per tile.
+
+Two loader workers read random fields (posterior mean and std, and the embedding) from the same tiles, stored
+
+- in the tile store, through ``FieldDataset``: field-major records in one file per slide;
+- in the published layout, through a plain dataset: ``np.load`` of the tile's ``(32, 128, 128)`` and
+  ``(16, 1536)`` files, then the cut of one field, as the published training code does.
+
+Both sides return the same values (checked), go through the same loader settings, and read through the page
+cache: each is read once in full before it is timed, so that the disk plays no part. Runs are interleaved;
+figures are medians. Memory is the largest proportional set size of a worker (shared pages count once). Large
+stores are sparse files (the arrays are holes), which read as zeros through the same page cache.
+
+    python benchmarks/store_reads.py --work /tmp/store-reads
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from pixcell.data.columns import sidecar_of
+from pixcell.data.datasets import FieldDataset
+from pixcell.data.sealed import SEAL_BYTES
+from pixcell.data.store import TileStore
+from pixcell.data.tiling import Tile
+
+LATENTS, EMBEDDINGS = "latents-sd35", "embeddings-uni2h"
+LATENT_SHAPE, EMBEDDING_SHAPE = (4, 4, 32, 32, 32), (4, 4, 1536)
+SMALLEST_JPEG = b"\xff\xd8\xff\xd9"
+
+
+class OneFilePerTile(Dataset[dict[str, Any]]):
+    """The published layout: whole files are loaded, and one field of them is cut out."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder, self.names = folder, names
+
+    def __len__(self) -> int:
+        return 16 * len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tile, field = divmod(index, 16)
+        row, column = divmod(field, 4)
+        name = self.names[tile]
+        latents = torch.from_numpy(np.load(self.folder / f"{name}_sd3_vae.npy"))
+        embeddings = torch.from_numpy(np.load(self.folder / f"{name}_uni.npy"))
+        mean, std = latents.chunk(2)
+        rows, columns = slice(32 * row, 32 * row + 32), slice(32 * column, 32 * column + 32)
+        return {
+            "key": name,
+            "posterior_mean": mean[:, rows, columns],
+            "posterior_std": std[:, rows, columns],
+            "embedding_grid": embeddings.reshape(4, 4, -1)[row : row + 1, column : column + 1],
+        }
+
+
+def make(folder: Path, num_tiles: int, tiles_per_slide: int, sparse: bool) -> None:
+    """Write the same tiles in both layouts; ``sparse`` leaves the arrays as holes full of zeros."""
+    store = TileStore.create(folder / "store", {"tile_size": 1024, "mpp": 0.5})
+    files = folder / "files"
+    random = np.random.default_rng(0)
+    names = []
+    for first in range(0, num_tiles, tiles_per_slide):
+        slide_id = f"slide-{first // tiles_per_slide:05d}"
+        count = min(tiles_per_slide, num_tiles - first)
+        tiles = [
+            Tile(slide_id=slide_id, x=1024 * i, y=0, size=1024, mpp=0.5, tissue=1.0, pen=0.0, sharpness=1.0)
+            for i in range(count)
+        ]
+        store.write_images(slide_id, [(tile, SMALLEST_JPEG) for tile in tiles], {"fingerprint": slide_id})
+        (files / slide_id).mkdir(parents=True)
+        records = {
+            LATENTS: np.zeros((count, *LATENT_SHAPE), np.float16),
+            EMBEDDINGS: np.zeros((count, *EMBEDDING_SHAPE), np.float16),
+        }
+        if not sparse:
+            for array in records.values():
+                array[:] = random.integers(0, 1 << 14, array.shape, np.uint16).view(np.float16)
+        for column, array in records.items():
+            _write_column(store, column, slide_id, array, sparse)
+        for row in range(count):
+            name = f"{slide_id}/{row}_0"
+            names.append(name)
+            whole = records[LATENTS][row].transpose(2, 0, 3, 1, 4).reshape(32, 128, 128)
+            _write_npy(files / f"{name}_sd3_vae.npy", whole, sparse)
+            _write_npy(files / f"{name}_uni.npy", records[EMBEDDINGS][row].reshape(16, 1536), sparse)
+    (folder / "names.json").write_text(json.dumps(names))
+
+
+def _write_column(store: TileStore, column: str, slide_id: str, array: np.ndarray, sparse: bool) -> None:
+    store.write_column(
+        column,
+        slide_id,
+        [array],
+        shape=array.shape[1:],
+        dtype=array.dtype,
+        made_by={"kind": column.split("-")[0], "field_size": 256, "source": "images"},
+        num_tiles=len(array),
+    )
+    if sparse:
+        # Same name, same size, same header and checksum; the zeros between become a hole.
+        shard = store.shard_path(column, slide_id)
+        content = shard.stat().st_size
+        with shard.open("rb+") as file:
+            header = file.read(content - array.nbytes - SEAL_BYTES)
+            file.seek(content - SEAL_BYTES)
+            seal = file.read()
+            file.truncate(len(header))
+            file.truncate(content - SEAL_BYTES)
+            file.seek(content - SEAL_BYTES)
+            file.write(seal)
+        assert sidecar_of(shard).exists()
+
+
+def _write_npy(path: Path, array: np.ndarray, sparse: bool) -> None:
+    np.save(path, array)
+    if sparse:
+        size = path.stat().st_size
+        with path.open("rb+") as file:
+            file.truncate(size - array.nbytes)
+            file.truncate(size)
+
+
+def datasets_in(folder: Path) -> dict[str, Dataset[dict[str, Any]]]:
+    names = json.loads((folder / "names.json").read_text())
+    store = TileStore.open(folder / "store")
+    return {
+        "one .npy pair per tile": OneFilePerTile(folder / "files", names),
+        "tile store": FieldDataset(store, size=256, latents=LATENTS, embeddings=EMBEDDINGS),
+    }
+
+
+def same_values(first: Dataset[Any], second: Dataset[Any], count: int = 64) -> None:
+    """Both layouts must give the same field for the same index, or the comparison means nothing."""
+    for index in np.random.default_rng(1).integers(0, len(first), count).tolist():  # type: ignore[arg-type]
+        left, right = first[index], second[index]
+        for key in ("posterior_mean", "posterior_std", "embedding_grid"):
+            if not torch.equal(left[key].view(torch.int16), right[key].view(torch.int16)):
+                raise AssertionError(f"{key} of field {index} differs between the layouts")
+
+
+@contextlib.contextmanager
+def running(dataset: Dataset[Any], samples: int, batch_size: int, workers: int) -> Iterator[Any]:
+    """Give an iterator over random batches whose workers have started."""
+    sampler = RandomSampler(
+        dataset, replacement=True, num_samples=samples, generator=torch.Generator().manual_seed(0)
+    )
+    loader = DataLoader(
+        dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, prefetch_factor=4
+    )
+    batches = iter(loader)
+    next(batches)
+    yield batches
+
+
+def samples_per_second(dataset: Dataset[Any], samples: int, batch_size: int, workers: int) -> float:
+    with running(dataset, samples, batch_size, workers) as batches:
+        for _ in range(8):
+            next(batches)
+        started, count = time.perf_counter(), 0
+        for batch in batches:
+            count += len(batch["posterior_mean"])
+        return count / (time.perf_counter() - started)
+
+
+def worker_memory(dataset: Dataset[Any], samples: int, batch_size: int, workers: int) -> float:
+    """Return the largest proportional set size that a worker reached, in MiB."""
+    largest = 0
+    with running(dataset, samples, batch_size, workers) as batches:
+        for number, _ in enumerate(batches):
+            if number % 20 == 0:
+                sizes = [child.memory_full_info().pss for child in psutil.Process().children(recursive=True)]
+                largest = max([largest, *sizes])
+    return largest / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="Scratch folder; about 2.5 GB; emptied.")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--tiles", type=int, default=1000, help="Tiles with real content, for speed.")
+    parser.add_argument("--sparse", type=int, nargs="*", default=[1000, 20000], help="Tiles, for memory.")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    batch_size, workers = arguments.batch_size, arguments.workers
+
+    folder = arguments.work / "real"
+    shutil.rmtree(folder, ignore_errors=True)
+    make(folder, arguments.tiles, tiles_per_slide=250, sparse=False)
+    datasets = datasets_in(folder)
+    same_values(*datasets.values())
+    for path in folder.rglob("*.npy"):
+        path.read_bytes()
+    rates: dict[str, list[float]] = {name: [] for name in datasets}
+    for _ in range(arguments.runs):
+        for name, dataset in datasets.items():
+            samples = 4000 if name != "tile store" else 24000
+            rates[name].append(samples_per_second(dataset, samples, batch_size, workers))
+    slow, fast = rates.values()
+    print(
+        f"{arguments.tiles} tiles, {workers} workers, batches of {batch_size}, {arguments.runs} runs, fields/s"
+    )
+    for name, values in rates.items():
+        print(
+            f"  {name:24s} median {statistics.median(values):8.0f}  ({min(values):.0f} to {max(values):.0f})"
+        )
+    ratios = [one / other for one, other in zip(fast, slow, strict=True)]
+    print(f"  ratio: median {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+    shutil.rmtree(folder)
+
+    for count in arguments.sparse:
+        folder = arguments.work / f"sparse-{count}"
+        shutil.rmtree(folder, ignore_errors=True)
+        make(folder, count, tiles_per_slide=100, sparse=True)
+        for name, dataset in datasets_in(folder).items():
+            samples = 4000 if name != "tile store" else 24000
+            memory = worker_memory(dataset, samples, batch_size, workers)
+            rate = samples_per_second(dataset, samples, batch_size, workers)
+            print(f"  {count:6d} tiles, {name:24s} worker {memory:7.1f} MiB, {rate:8.0f} samples/s")
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
