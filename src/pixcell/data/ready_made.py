@@ -124,7 +124,7 @@ class ImageCutter:
             )
         thumbnail = slide.thumbnail(config.tissue.thumbnail_side)
         scale = max(slide.width, slide.height) / max(thumbnail.shape[:2])
-        tissue_map = find_tissue(thumbnail, scale, slide.mpp, config.tissue)
+        tissue_map = find_tissue(thumbnail, scale, slide.mpp, config.tissue_for_tiles)
         whole = Box(0, 0, slide.width, slide.height)
         for box in boxes:
             pixels = slide.read(box, config.mpp, size=(config.tile_size, config.tile_size))

@@ -90,6 +90,12 @@ class TilingConfig(Config):
         """Pixels at ``mpp`` from one tile to the next."""
         return self.stride or self.tile_size
 
+    @property
+    def tissue_for_tiles(self) -> TissueConfig:
+        """``tissue`` with holes of at most a quarter of a tile: no tile shall lie in a lumen."""
+        quarter = (self.tile_size * self.mpp) ** 2 / 4
+        return self.tissue.with_changes(max_hole_um2=min(self.tissue.max_hole_um2, quarter))
+
 
 class TilingRecipe(Config):
     """A complete description of a tiling run."""
@@ -232,7 +238,7 @@ class SlideCutter:
             )
         self.thumbnail = slide.thumbnail(config.tissue.thumbnail_side)
         scale = max(slide.width, slide.height) / max(self.thumbnail.shape[:2])
-        self.tissue_map: TissueMap = find_tissue(self.thumbnail, scale, slide.mpp, config.tissue)
+        self.tissue_map: TissueMap = find_tissue(self.thumbnail, scale, slide.mpp, config.tissue_for_tiles)
         self.candidates = [self._judged(box) for box in boxes]
         self.unreadable: list[dict[str, Any]] = []
 

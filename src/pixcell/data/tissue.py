@@ -43,12 +43,13 @@ class TissueConfig(Config):
     max_chroma: float = Field(0.04, gt=0)
     """Highest threshold. Between the two, the threshold is the valley between glass and stain (Otsu); without
     a ceiling it would split strongly stained slides into dark and pale tissue."""
-    smoothing_um: float = Field(12.0, ge=0)
+    smoothing_um: float = Field(8.0, ge=0)
     """Width (sigma) of the Gaussian that joins cells and fibres before the threshold."""
-    gap_um: float = Field(20.0, ge=0)
+    gap_um: float = Field(16.0, ge=0)
     """Gaps up to twice this are closed: walls of fat cells, loose stroma."""
     max_hole_um2: float = Field(150_000.0, ge=0)
-    """Enclosed holes up to this area are tissue: lumens of glands, vessels, fat (about 0.39 mm square)."""
+    """Enclosed holes up to this area are tissue: lumens of glands, vessels, fat (0.15 square millimetres are
+    0.39 mm square). Tiling takes at most a quarter of a tile, so that no tile can be all hole."""
     min_object_um2: float = Field(15_000.0, ge=0)
     """Smaller islands are dropped: dust, debris, floating cells (0.2 mm square)."""
     min_thickness_um: float = Field(60.0, ge=0)
@@ -137,9 +138,9 @@ def sharpness_of(image: np.ndarray) -> float:
     """Return how steeply an image changes over one or two pixels, compared with seven.
 
     With ``v(k)`` the mean squared difference of pixels ``k`` apart, it is
-    ``6 (v(2) - v(1)) / (v(7) - v(1))``: 1 where ``v`` grows in a straight line, as at edges, and 0.37 where it grows as a square, as in a blur.
-    A ratio does not depend on contrast or on how much of the tile is glass, and white noise adds the same
-    to every ``v`` and cancels.
+    ``6 (v(2) - v(1)) / (v(7) - v(1))``: 1 where ``v`` grows in a straight line, as at edges, and 0.37 where it
+    grows as a square, as in a blur. A ratio does not depend on contrast or on how much of the tile is glass,
+    and white noise adds the same to every ``v`` and cancels.
 
     Measured on tissue: 0.9 to 2.5 at 0.5 mpp, 0.65 to 1.1 at 0.25 mpp; blurred with a sigma of three
     pixels 0.43 to 0.55, out-of-focus ink 0.4. The green channel is used, where haematoxylin and eosin
@@ -179,7 +180,7 @@ def _glass_colour(image: np.ndarray) -> np.ndarray:
     pixels = image.reshape(-1, 3)
     darkest, brightest = pixels.min(axis=1), pixels.max(axis=1)
     # Exact white is padding of the reader or the scanner as often as glass, and tells nothing of the tint.
-    glass = pixels[(darkest > 200) & (brightest - darkest < 20) & (darkest < 255)]
+    glass = pixels[(darkest > 215) & (brightest - darkest < 20) & (darkest < 255)]
     if len(glass) < 0.01 * len(pixels):
         return np.full(3, 245, np.float32)
     levels = glass.sum(axis=1, dtype=np.int32) // 6
@@ -214,9 +215,9 @@ def _is_ink(ink: Ink, red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> t
             | ((red > 1.4) & (red > 1.3 * green)),
             (red > 0.25) & (red > 0.85 * green) & (blue < 0.65 * green),
         )
-    if ink == "red":  # blood absorbs blue light as well as green, or is paler
+    if ink == "red":  # eosin in bone and blood have these ratios, but are paler
         return (
-            (green > 1.0) & (red < 0.6 * green) & (blue > 0.72 * green) & (blue < 0.92 * green),
+            (green > 1.45) & (red < 0.6 * green) & (blue > 0.72 * green) & (blue < 0.92 * green),
             (green > 0.15) & (red < 0.6 * green) & (blue > 0.7 * green) & (blue < 0.95 * green),
         )
     darkest, brightest = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
