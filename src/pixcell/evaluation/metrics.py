@@ -265,7 +265,7 @@ def _checked(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _covariance_factor(features: np.ndarray) -> np.ndarray:
     """Return a triangle ``a`` with ``a^T a`` the covariance of the features."""
     centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    return np.linalg.qr(centred, mode="r")
+    return np.asarray(np.linalg.qr(centred, mode="r"))
 
 
 def _squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
