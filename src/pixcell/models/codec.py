@@ -31,8 +31,8 @@ from pixcell.models.weights import fetch, weights_sha256
 
 __all__ = ["PUBLISHED_CODECS", "LatentCodec", "PublishedCodec", "to_uint8", "to_unit"]
 
-# Windows of a large decode, in latents: 1024 px, of which a band of 384 px is shared with the neighbour.
-_WINDOW, _OVERLAP = 128, 48
+# Windows of a large decode, in latents: 1024 px, of which by default a band of 384 px is shared.
+_WINDOW = 128
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ PUBLISHED_CODECS = {
     "sdxl": PublishedCodec("stabilityai/sdxl-vae", "", "MIT", gated=False),
     "sd1": PublishedCodec("stabilityai/sd-vae-ft-mse", "", "MIT", gated=False),
 }
-"""Autoencoders by name. Not pinned: weights are those of ``main`` when they are downloaded; what was loaded is
-identified by ``LatentCodec.sha256``."""
+"""Autoencoders by name. Not pinned: weights are those of ``main`` when they are downloaded; what was loaded
+is identified by ``LatentCodec.sha256``."""
 
 
 class LatentCodec:
@@ -85,8 +85,8 @@ class LatentCodec:
     ) -> None:
         if dtype is torch.float16 and getattr(vae.config, "force_upcast", False):
             raise ModelError(
-                f"autoencoder {name!r} asks for more range than fp16 has (force_upcast in its configuration): "
-                "values overflow to black pictures. Use bf16 or fp32."
+                f"autoencoder {name!r} asks for more range than fp16 has (force_upcast in its config); "
+                "values would overflow to black pictures. Use bf16 or fp32."
             )
         self.name = name
         # Before any cast, so that the hash does not depend on the precision of this run.
@@ -101,6 +101,7 @@ class LatentCodec:
         cls,
         name_or_path: str | Path,
         *,
+        name: str | None = None,
         download: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -110,6 +111,7 @@ class LatentCodec:
         Args:
             name_or_path: A folder with ``config.json`` and safetensors, or with such a folder ``vae/`` in it;
                 one of :data:`PUBLISHED_CODECS`; or ``owner/name`` on the Hugging Face hub.
+            name: What columns and reports call it; by default the folder's or the published name.
             download: Whether weights that are not on this machine may be downloaded.
             device: Where it runs.
             dtype: Number format to compute in.
@@ -119,8 +121,8 @@ class LatentCodec:
             WrongWeights: If the weights do not fit the configuration.
             ModelError: If the configuration names no autoencoder of pictures.
         """
-        folder, name = _find(str(name_or_path), download)
-        return cls(_load(folder), name, device=device, dtype=dtype)
+        folder, found_name = _find(str(name_or_path), download)
+        return cls(_load(folder), name or found_name, device=device, dtype=dtype)
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +177,7 @@ class LatentCodec:
         latents: Float[Tensor, "batch channels h w"],
         *,
         window: int = _WINDOW,
-        overlap: int = _OVERLAP,
+        overlap: int | None = None,
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return the pictures of normalised latents, float32 in [0, 1], clamped.
 
@@ -187,10 +189,11 @@ class LatentCodec:
         Args:
             latents: Normalised latents.
             window: Side of a window, in latents.
-            overlap: What neighbouring windows share, in latents; less than half of ``window``.
+            overlap: What neighbouring windows share, in latents; by default 3/8 of ``window``.
         """
-        if not 0 <= overlap < window // 2:
-            raise ValueError(f"overlap {overlap} must be at least 0 and less than half of window {window}")
+        overlap = 3 * window // 8 if overlap is None else overlap
+        if not 0 <= overlap < window:
+            raise ValueError(f"overlap {overlap} must be at least 0 and less than window {window}")
         raw = self.denormalise(latents.float())
         height, width = raw.shape[-2:]
         if max(height, width) <= window:

@@ -212,7 +212,7 @@ def load_encoder(
 
 
 def _spec_of(name: str, weights: Path | None, download: bool) -> tuple[EncoderSpec, Path | None]:
-    """Build the spec of an encoder that is no row; also return where its weights are, if that is known now."""
+    """Build the spec of an encoder that is no row; also return where its weights are, if known now."""
     if Path(name).is_dir():
         return _folder_spec(Path(name), Path(name).resolve().name), weights or Path(name)
     if name.startswith("timm/"):
@@ -228,7 +228,7 @@ def _spec_of(name: str, weights: Path | None, download: bool) -> tuple[EncoderSp
         spec = _folder_spec(folder, repository.replace("/", "-"))
         return replace(spec, repository=repository), folder
     raise ModelError(
-        f"there is no encoder {name!r}. Known: {', '.join(ENCODERS)}. Any model of timm is timm/<model name>, "
+        f"there is no encoder {name!r}. Known: {', '.join(ENCODERS)}. Any timm model is timm/<model name>, "
         "any vision model of transformers transformers/<owner>/<name>; a folder with config.json works too."
     )
 
@@ -252,7 +252,7 @@ def _timm_module(spec: EncoderSpec, path: Path) -> nn.Module:
     state = {
         name.removeprefix(spec.prefix): value
         for name, value in read_weights(path).items()
-        if name.startswith(spec.prefix) and not name.startswith(spec.drop or ("\0",))
+        if name.startswith(spec.prefix) and not name.startswith(spec.drop)
     }
     if not state:
         raise WrongWeights(
@@ -434,7 +434,7 @@ def _folder_spec(folder: Path, name: str) -> EncoderSpec:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingWeights(
-            f"{path.parent} is no encoder: it has no {path.name}. Give a folder saved by timm or transformers."
+            f"{path.parent} has no {path.name}. An encoder's folder is one saved by timm or transformers."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
