@@ -2,12 +2,12 @@
 
     a folder of DICOM instances        wsidicom
     what OpenSlide names a vendor      OpenSlide; but Aperio and generic pyramids go to the TIFF reader, where
-                                       its pixels are the same and four times sooner there
-    any other TIFF                     the TIFF reader (OME-TIFF with SubIFDs, plain page pyramids, single images)
+                                       its pixels are the same and come sooner
+    any other TIFF                     the TIFF reader (OME-TIFF, plain page pyramids, single images)
     any other image                    PIL, decoded whole
 
-A reader gives levels in stored pixels and regions that lie inside a level. Units, resampling, borders and colour
-profiles are the business of ``Slide``.
+A reader gives levels in stored pixels and regions that lie inside a level. Units, resampling, borders and
+colour profiles are the business of ``Slide``.
 """
 
 import contextlib
@@ -192,11 +192,7 @@ class DicomBackend:
             from wsidicom import errors
         except ImportError as error:
             raise MissingExtra("wsidicom", "dicom", f"reading the DICOM slide {path.name}") from error
-        self._failures = tuple(
-            value
-            for value in vars(errors).values()
-            if isinstance(value, type) and issubclass(value, Exception)
-        )
+        self._failures = _exceptions_in(errors)
         try:
             self._slide: Any = wsidicom.WsiDicom.open(files)
             self._stored = list(self._slide.levels)
@@ -243,6 +239,13 @@ class DicomBackend:
         self._slide.close()
 
 
+def _exceptions_in(module: Any) -> tuple[type[Exception], ...]:
+    """wsidicom's errors have no common base."""
+    return tuple(
+        value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Exception)
+    )
+
+
 class ImageBackend:
     """A PNG, JPEG or other picture, decoded whole: one level."""
 
@@ -273,7 +276,7 @@ class ImageBackend:
             if self.resolution and turned in (5, 6, 7, 8):
                 old = self.resolution
                 self.resolution = Resolution.of(old.mpp_y, old.mpp_x, old.source)
-        self.levels = ((self._rgb.shape[1], self._rgb.shape[0]),)
+        self.levels: tuple[tuple[int, int], ...] = ((self._rgb.shape[1], self._rgb.shape[0]),)
         self.bounds: Box | None = None
         self.icc: bytes | None = None
         self.properties = {"image.format": kind}
@@ -291,7 +294,7 @@ class ImageBackend:
 
 def _image_resolution(image: Image.Image) -> tuple[Resolution | None, str | None]:
     density = image.info.get("dpi")  # PNG pHYs, JFIF density and EXIF resolution, in dots per inch
-    if not density or "jfif_unit" in image.info and not image.info["jfif_unit"] and "exif" not in image.info:
+    if not density or (image.info.get("jfif_unit", 1) == 0 and "exif" not in image.info):
         return None, None
     try:
         x, y = (25_400 / float(value) for value in density)
@@ -306,9 +309,9 @@ _pixel_limit_lock = threading.Lock()
 
 @contextlib.contextmanager
 def _large_images_allowed() -> Iterator[None]:
-    """PIL takes pictures above 179 million pixels for attacks. In pathology they are pictures; we have our own limit.
+    """PIL takes pictures above 179 million pixels for attacks; in pathology they are pictures.
 
-    The limit is a global of PIL: it is lifted for the time of one decode, under a lock, and put back.
+    Its limit is a global: it is lifted for the time of one decode, under a lock, and put back. Ours holds.
     """
     with _pixel_limit_lock:
         limit = Image.MAX_IMAGE_PIXELS

@@ -1,11 +1,11 @@
-"""Whatever a file stores, pixels come out as RGB with eight bits, by one rule that never looks at other pixels.
+"""Whatever a file stores, pixels come out as RGB8, by one rule that never looks at other pixels.
 
 - More than eight bits: the eight most significant of the *stated* bits. The stated depth is
-  ``SignificantBits`` of OME-XML, ``MaxSampleValue`` of TIFF, or else the full type (16). Nothing is stretched to
-  the values found: two tiles of one slide, and two slides of one scanner, keep their relation.
+  ``SignificantBits`` of OME-XML, ``MaxSampleValue`` of TIFF, or else the full type (16). Nothing is
+  stretched to the values found: two tiles of one slide, and two slides of one scanner, keep their relation.
 - Fewer than eight bits: spread evenly over 0 to 255. One bit: black and white.
-- Floating point: 0 to 1 is black to white (or the range that SMin/SMaxSampleValue state). A value outside is an
-  error; NaN is "no data" and white.
+- Floating point: 0 to 1 is black to white (or the range that SMin/SMaxSampleValue state). A value outside
+  is an error; NaN is "no data" and white.
 - Grey: three equal channels. Palette: looked up. CMYK, YCbCr, CIELAB: converted.
 - Alpha: laid on white glass. An unspecified fourth channel of a TIFF is not alpha and is left out.
 - An ICC profile is applied (to sRGB, relative colorimetric) after resampling; pure white stays pure white.
@@ -67,7 +67,7 @@ class PixelFormat:
             scaled = (np.nan_to_num(samples.astype(np.float64), nan=high) - low) / (high - low)
             if scaled.min() < -1e-3 or scaled.max() > 1 + 1e-3:
                 raise ValueError(
-                    f"floating-point pixels reach {samples.min():.4g} to {samples.max():.4g}, outside the range "
+                    f"floating-point pixels reach {samples.min():.4g} to {samples.max():.4g}, outside "
                     f"{low:g} to {high:g}; save the image with 8 bits"
                 )
             return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
@@ -76,8 +76,8 @@ class PixelFormat:
                 f"{samples.dtype} pixels have no stated black and white; save the image with 8 bits"
             )
         if self.bits < 8:
-            top = (1 << self.bits) - 1
-            return (np.minimum(samples, top).astype(np.uint16) * 255 // top).astype(np.uint8)
+            most = (1 << self.bits) - 1
+            return (np.minimum(samples, most).astype(np.uint16) * 255 // most).astype(np.uint8)
         top = np.array((1 << self.bits) - 1, samples.dtype)
         return (np.minimum(samples, top) >> np.array(self.bits - 8, samples.dtype)).astype(np.uint8)
 

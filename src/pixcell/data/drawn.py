@@ -1,16 +1,15 @@
 """Drawn tissue: slides for tests, examples and the first run, where no real slide is at hand.
 
-Haematoxylin and eosin are painted as optical densities, as light meets them in a section: collagen fibres that
-follow a flow, glands with a lumen and a ring of nuclei, solid nests of epithelium, clusters of lymphocytes, fat,
-clefts, dust on the glass and strokes of a marker pen. Every length is in microns, so a drawing at 0.25 mpp shows
-the same tissue as one at 0.5, with more detail. It looks like tissue; it is not a model of any, and nothing about
-medicine can be learnt from it.
+Haematoxylin and eosin are painted as optical densities, as light meets them in a section: collagen fibres
+that follow a flow, glands with a lumen and a ring of nuclei, solid nests of epithelium, clusters of
+lymphocytes, fat, clefts, dust on the glass and strokes of a marker pen. Every length is in microns. It looks
+like tissue; it is not a model of any, and nothing about medicine can be learnt from it.
 
 The picture is made in strips and depends on the size, the resolution and the seed only.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from pixcell.files import write_whole
 from pixcell.geometry import Box
@@ -125,7 +125,10 @@ def draw_slide(
         "metadata": None,
         "software": "pixcell (drawn, not real tissue)",
     }
-    with write_whole(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=width * height > 1 << 30) as tiff:
+    with (
+        write_whole(path) as temporary,
+        tifffile.TiffWriter(temporary, bigtiff=width * height > 1 << 30) as tiff,
+    ):
         tiff.write(
             level0(),
             shape=(height, width, 3),
@@ -140,7 +143,12 @@ def draw_slide(
                 level = np.asarray(Image.fromarray(level).reduce(2))[: size[0], : size[1]]
             scaled = (resolution[0] / 2**number, resolution[1] / 2**number) if resolution else None
             tiff.write(
-                _tiles(level), shape=(*size, 3), subfiletype=1, resolution=scaled, resolutionunit=unit, **options
+                _tiles(level),
+                shape=(*size, 3),
+                subfiletype=1,
+                resolution=scaled,
+                resolutionunit=unit,
+                **options,
             )
     return DrawnSlide(
         path=path,
@@ -168,9 +176,7 @@ def draw_tissue(width: int, height: int, mpp: float = 0.5, seed: int = 0, full: 
         full: Tissue from border to border. False: a section on glass, as :func:`draw_slide` shows it.
     """
     painter = _Painter(width, height, mpp, seed, [], tissue=True, full=full)
-    return np.concatenate(
-        [painter.strip(top, min(height, top + _STRIP)) for top in range(0, height, _STRIP)]
-    )
+    return np.concatenate([painter.strip(top, min(height, top + _STRIP)) for top in range(0, height, _STRIP)])
 
 
 def _pen_colours(pen: bool | Sequence[str]) -> list[str]:
@@ -283,7 +289,7 @@ class _Painter:
                 along = (y - centre_y) * math.cos(turn) - (x - centre_x) * math.sin(turn)
                 outline = np.maximum(outline, 1 - np.hypot(across / radius_x, along / radius_y))
             rough = self._map_noise(420.0, 4) * 0.1 + self._map_noise(90.0, 3) * 0.025
-            outline = (outline + rough - 0.08) * 14
+            outline = ((outline + rough + 0.02) * 14).astype(np.float32)
         else:
             self._map_noise(420.0, 4)
         self.presence = np.clip(outline * 0.5 + 0.5, 0, 1).astype(np.float32)
@@ -298,44 +304,36 @@ class _Painter:
 
     def _make_textures(self) -> None:
         """Periodic textures; each is used at an offset of its own, so that repeats do not line up."""
+        self.bend = self._texture(_softer_than(60.0)) * np.float32(3.4 / self.mpp)
         self.fibres = [self._fibre_texture(math.pi * k / _NUM_DIRECTIONS) for k in range(_NUM_DIRECTIONS)]
-        self.grain = self._texture(lambda f: np.exp(-((f * 1.1) ** 2)))
-        self.clumps = self._texture(lambda f: np.exp(-((f * 9.0) ** 2)))
+        self.grain = self._texture(_softer_than(1.1))
+        self.clumps = self._texture(_softer_than(9.0))
         self.speckle = self.random.standard_normal((_TEXTURE, _TEXTURE)).astype(np.float32)
-        bins = np.mod(self.angle[None] - np.arange(_NUM_DIRECTIONS)[:, None, None] * math.pi / _NUM_DIRECTIONS,
-                      math.pi)  # fmt: skip
+        directions = np.arange(_NUM_DIRECTIONS)[:, None, None] * math.pi / _NUM_DIRECTIONS
+        bins = np.mod(self.angle[None] - directions, math.pi)
         away = np.minimum(bins, math.pi - bins) / (math.pi / _NUM_DIRECTIONS)
         self.direction_weights = np.clip(1 - away, 0, 1).astype(np.float32)
         self.adipocytes = self._fat_texture()
 
-    def _texture(self, response, frequency: np.ndarray | None = None) -> np.ndarray:  # type: ignore[no-untyped-def]
+    def _texture(self, response: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Return periodic noise; ``response`` weighs frequencies along x and y, in cycles per micron."""
         white = self.random.standard_normal((_TEXTURE, _TEXTURE)).astype(np.float32)
-        if frequency is None:
-            fy, fx = self._frequencies()
-            frequency = response(np.hypot(fx, fy))
-        shaped = np.fft.irfft2(np.fft.rfft2(white) * frequency, s=white.shape).astype(np.float32)
+        fy = np.fft.fftfreq(_TEXTURE)[:, None].astype(np.float32) / np.float32(self.mpp)
+        fx = np.fft.rfftfreq(_TEXTURE)[None].astype(np.float32) / np.float32(self.mpp)
+        shaped = np.fft.irfft2(np.fft.rfft2(white) * response(fx, fy), s=white.shape).astype(np.float32)
         return (shaped - shaped.mean()) / (shaped.std() + 1e-6)
 
-    def _frequencies(self) -> tuple[np.ndarray, np.ndarray]:
-        """Cycles per micron, at least as fine as a half-micron pixel shows."""
-        fy = np.fft.fftfreq(_TEXTURE)[:, None].astype(np.float32) / self.mpp
-        fx = np.fft.rfftfreq(_TEXTURE)[None].astype(np.float32) / self.mpp
-        return fy, fx
-
     def _fibre_texture(self, angle: float) -> np.ndarray:
-        fy, fx = self._frequencies()
-        along = fx * math.cos(angle) + fy * math.sin(angle)
-        across = fy * math.cos(angle) - fx * math.sin(angle)
-        response = np.exp(-((along * 22.0) ** 2)) * (
-            np.exp(-((across * 2.0) ** 2)) * (np.abs(across) * 9.0) ** 0.6
-        )
-        straight = self._texture(None, response)
+        def response(fx: np.ndarray, fy: np.ndarray) -> np.ndarray:
+            along = fx * math.cos(angle) + fy * math.sin(angle)
+            across = fy * math.cos(angle) - fx * math.sin(angle)
+            thickness = np.exp(-((across * 2.0) ** 2)) * (np.abs(across) * 9.0) ** 0.6
+            return np.exp(-((along * 22.0) ** 2)) * thickness
+
+        straight = self._texture(response)
         # Collagen is wavy: bend the texture across its fibres, by waves that are periodic too.
         y, x = np.mgrid[0:_TEXTURE, 0:_TEXTURE].astype(np.float32)
-        waves = [(int(w[0]), int(w[1]), w[2]) for w in self.random.uniform((-5, -5, 0), (6, 6, 6.28), (5, 3))]
-        bend = sum(np.sin(2 * math.pi * (u * x + v * y) / _TEXTURE + phase) for u, v, phase in waves)
-        bend = np.asarray(bend, np.float32) * np.float32(2.6 / self.mpp)
-        source = (y + bend * math.cos(angle), x - bend * math.sin(angle))
+        source = (y + self.bend * math.cos(angle), x - self.bend * math.sin(angle))
         return ndimage.map_coordinates(straight, source, order=1, mode="grid-wrap").astype(np.float32)
 
     def _fat_texture(self) -> np.ndarray:
@@ -345,8 +343,6 @@ class _Painter:
         step = _TEXTURE / per_side
         grid = np.stack(np.meshgrid(np.arange(per_side), np.arange(per_side)), -1).reshape(-1, 2)
         points = (grid + self.random.uniform(0.12, 0.88, grid.shape)) * step
-        from scipy.spatial import cKDTree
-
         y, x = np.mgrid[0:_TEXTURE:2, 0:_TEXTURE:2]
         tree = cKDTree(np.mod(points, _TEXTURE), boxsize=_TEXTURE)
         near, _ = tree.query(np.stack([x.ravel(), y.ravel()], -1), k=2)
@@ -372,18 +368,19 @@ class _Painter:
 
     def _plan_glands(self) -> list["_Gland"]:
         glands = []
-        xs, ys = self._scattered(118.0, jitter=0.16)
+        xs, ys = self._scattered(118.0, jitter=0.2)
         wanted = (
             (self._at(self.presence, xs, ys) > 0.95)
             & (self._at(self.epithelium, xs, ys) > 0.6)
             & self._at(self.is_glandular, xs, ys)
+            & (self.random.random(len(xs)) < 0.88)
         )
         for x, y in zip(xs[wanted], ys[wanted], strict=True):
             glands.append(
                 _Gland(
                     x=float(x),
                     y=float(y),
-                    radius=float(self.random.uniform(30, 54)) / self.mpp,
+                    radius=float(self.random.triangular(24, 38, 64)) / self.mpp,
                     squeeze=float(self.random.uniform(0.62, 1.0)),
                     turn=float(self.random.uniform(0, math.pi)),
                     wobble=self.random.normal(0, 0.075, 4),
@@ -411,7 +408,7 @@ class _Painter:
             )
 
         def keep(x: np.ndarray, y: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            here = (self.random.random(len(x)) < share) & (self._at(self.presence, x, y) > 0.8)
+            here = (self.random.random(len(x)) < share) & (self._at(self.presence, x, y) > 0.7)
             return x[here], y[here]
 
         nests = self.epithelium * ~self.is_glandular
@@ -456,16 +453,16 @@ class _Painter:
                 if shape.bend:
                     across = across + shape.bend * (along / half_length) ** 2 * (1 if phase[0] > 3.14 else -1)
                 polar = np.arctan2(across / half_width, along / half_length)
-                outline = 1 + sum(
-                    wobble[k] * np.cos((k + 2) * polar + phase[k]) for k in range(len(wobble))
-                )
+                outline = 1 + sum(wobble[k] * np.cos((k + 2) * polar + phase[k]) for k in range(len(wobble)))
                 ratio = np.hypot(along / half_length, across / half_width) / outline
                 edge = (1 - ratio) * half_width
                 cover = np.clip(edge / 0.7 + 0.5, 0, 1).astype(np.float32)
                 stain = dark * (1 - shape.vesicular * np.clip(edge / 1.6, 0, 1))
                 stain = stain + dark * shape.chromatin * chromatin
                 for spot in spots:
-                    from_spot = np.hypot(along / half_length - spot[0], across / half_width - spot[1]) * half_width
+                    from_spot = (
+                        np.hypot(along / half_length - spot[0], across / half_width - spot[1]) * half_width
+                    )
                     stain = stain + dark * 0.75 * np.exp(-((from_spot / 0.75) ** 2))
                 stamps[turn].append(_Stamp(cover, np.maximum(stain, 0.2).astype(np.float32)))
         return stamps
@@ -507,30 +504,24 @@ class _Painter:
 
     def strip(self, top: int, bottom: int) -> np.ndarray:
         """Paint rows ``top`` to ``bottom``."""
-        margin = 4  # for the blur of the lens
-        first, last = top - margin, bottom + margin
-        presence = self._grown(self.presence, first, last)
-        stain_h, stain_e = self._ground(first, last, presence)
+        stain_h, stain_e, edge = self._ground(top, bottom)
         for gland in self._glands:
-            gland.paint(stain_h, stain_e, first, self.mpp, self.grain)
-        self._stamp_nuclei(stain_h, stain_e, first, last)
-        edge = np.clip(presence * 2.2 - 0.6, 0, 1)
+            gland.paint(stain_h, stain_e, top, self.mpp, self.grain)
+        self._stamp_nuclei(stain_h, stain_e, top, bottom)
         stain_h *= edge
         stain_e *= edge
-        lens = 0.32 / self.mpp
-        stain_h, stain_e = (ndimage.gaussian_filter(stain, lens, mode="nearest", truncate=3) for stain in
-                            (stain_h, stain_e))  # fmt: skip
-        picture = np.empty((last - first, self.width, 3), np.float32)
-        noise = self._wrapped(self.speckle, first, last, 211)
+        picture = np.empty((bottom - top, self.width, 3), np.float32)
+        noise = self._wrapped(self.speckle, top, bottom, 211)
         for channel in range(3):
             density = self.haematoxylin[channel] * stain_h + self.eosin[channel] * stain_e
             picture[..., channel] = _GLASS[channel] * np.exp(-density) + noise * 1.6
-        self._paint_dust(picture, first)
-        self._paint_pens(picture, first, last)
-        return np.clip(np.rint(picture[margin:-margin]), 0, 255).astype(np.uint8)
+        self._paint_dust(picture, top)
+        self._paint_pens(picture, top, bottom)
+        return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
-    def _ground(self, first: int, last: int, presence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Everything but glands and nuclei: fibres, cytoplasm, fat, clefts."""
+    def _ground(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Everything but glands and nuclei: fibres, cytoplasm, fat, clefts; and where tissue ends."""
+        presence = self._grown(self.presence, first, last)
         fibres = np.zeros_like(presence)
         for number, weight in enumerate(self.direction_weights):
             if weight.any():
@@ -545,9 +536,13 @@ class _Painter:
         # Stroma: pink bundles with paler gaps between them.
         stain_e = (0.43 + 0.15 * fibres + 0.05 * clumps + 0.03 * grain) * density
         stain_h = 0.07 + 0.03 * clumps + 0.02 * np.maximum(fibres, 0)
-        gaps = np.clip((self._grown(self.clefts, first, last) + 0.55 * fibres - 1.15) * 2.2, 0, 1)
-        stain_e *= 1 - 0.9 * gaps * (1 - nest)
-        stain_h *= 1 - 0.9 * gaps * (1 - nest)
+        # Slits along the fibres, where shrinking tissue tore; and loose, pale places.
+        clefts = self._grown(self.clefts, first, last)
+        loose = np.clip((clefts - 0.7) * 0.9, 0, 0.62)
+        slits = np.clip((0.22 - np.abs(clefts + 0.35 * fibres + 0.6)) * 5, 0, 1)
+        paler = 1 - np.maximum(loose * (1 - 0.35 * fibres), 0.93 * slits) * (1 - nest)
+        stain_e *= paler
+        stain_h *= paler
         # Nests: the cytoplasm of epithelium is more purple and finely grained.
         stain_e += nest * (0.44 + 0.07 * clumps + 0.06 * grain - stain_e)
         stain_h += nest * (0.33 + 0.09 * clumps + 0.05 * grain - stain_h)
@@ -558,7 +553,8 @@ class _Painter:
             inside = np.clip(fat * 1.6 - 0.3, 0, 1)
             stain_e += inside * (walls * 0.55 - stain_e)
             stain_h += inside * (walls * 0.1 - stain_h)
-        return np.maximum(stain_h, 0), np.maximum(stain_e, 0)
+        edge = np.clip((presence - 0.5 + 0.045 * fibres) * 6 + 0.5, 0, 1)
+        return np.maximum(stain_h, 0), np.maximum(stain_e, 0), edge
 
     def _stamp_nuclei(self, stain_h: np.ndarray, stain_e: np.ndarray, first: int, last: int) -> None:
         reach = max(stamp[0][0].cover.shape[0] for stamp in self._stamps.values())
@@ -641,7 +637,7 @@ class _Nucleus:
 
 _NUCLEI = {
     "spindle": _Nucleus(13.0, 3.1, 1.75, 0.18, 0.12, 0.22, 0, 16, 7, bend=0.7),
-    "epithelial": _Nucleus(9.6, 7.6, 1.75, 0.42, 0.13, 0.16, 1, 8, 14),
+    "epithelial": _Nucleus(9.8, 7.6, 1.62, 0.5, 0.14, 0.18, 1, 8, 14),
     "columnar": _Nucleus(9.0, 5.2, 1.8, 0.3, 0.13, 0.13, 1, 16, 7),
     "lymphocyte": _Nucleus(6.3, 5.9, 2.35, 0.1, 0.16, 0.1, 0, 4, 10),
 }
@@ -721,6 +717,11 @@ class _Gland:
         content = 0.2 if self.filled else 0.012
         h += opening * (0.01 - h)
         e += opening * (content * (1 + 0.12 * texture) - e)
+
+
+def _softer_than(length_um: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Weights that leave little of what is finer than a length, in every direction."""
+    return lambda fx, fy: np.exp(-((fx**2 + fy**2) * length_um**2))
 
 
 def _ramp(values: np.ndarray, low: float, high: float) -> np.ndarray:

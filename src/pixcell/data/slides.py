@@ -3,9 +3,10 @@
     with Slide.open(Path("case.svs")) as slide:
         field = slide.read(Box(x=12_000, y=8_000, width=2_048, height=2_048), mpp=0.5)
 
-Positions are pixels of level 0, sizes come from microns. Stored pixels that are not square (sides that differ by
-more than one percent) are presented as square ones of the finer side, here and everywhere after: ``width``,
-``levels`` and every box count those. Beyond the slide, and where a scanner stored nothing, is white glass.
+Positions are pixels of level 0, sizes come from microns. Stored pixels that are not square (sides that differ
+by more than one percent) are presented as square ones of the finer side, here and everywhere after:
+``width``, ``levels`` and every box count those. Beyond the slide, and where a scanner stored nothing, is
+white glass.
 """
 
 import functools
@@ -30,8 +31,23 @@ from pixcell.geometry import Box, level_for, scale_between
 __all__ = ["SLIDE_SUFFIXES", "Level", "Resolution", "Slide", "find_slides"]
 
 SLIDE_SUFFIXES = frozenset(
-    ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm "
-    ".png .jpg .jpeg .jp2 .bmp .webp".split()
+    {
+        *(
+            ".svs",
+            ".tif",
+            ".tiff",
+            ".ndpi",
+            ".vms",
+            ".vmu",
+            ".scn",
+            ".mrxs",
+            ".svslide",
+            ".bif",
+            ".czi",
+            ".dcm",
+        ),
+        *(".png", ".jpg", ".jpeg", ".jp2", ".bmp", ".webp"),
+    }
 )
 """Endings by which slides are found in a folder. A file that is named directly may have any ending."""
 
@@ -123,8 +139,8 @@ class Slide:
     def fingerprint(self) -> str:
         """Identity of the content, the same under another name or in another folder.
 
-        From the size, the first and last 64 KiB and sixteen places between, of every file of the slide: enough
-        to tell slides apart without reading gigabytes, not enough to prove that no byte was changed.
+        From the size, the first and last 64 KiB and sixteen places between, of every file of the slide:
+        enough to tell slides apart without reading gigabytes, not to prove that no byte was changed.
         """
         return _fingerprint(self.path)
 
@@ -160,7 +176,7 @@ class Slide:
             # Each reader has errors of its own; whatever one says, these pixels cannot be had.
             raise UnreadableSlide(
                 self.path,
-                f"the region x {box.x}, y {box.y}, {box.width} x {box.height} (level-0 pixels) cannot be decoded: "
+                f"the region x {box.x}, y {box.y}, {box.width} x {box.height} (level 0) cannot be decoded: "
                 f"{' '.join(str(error).split()) or type(error).__name__}",
             ) from error
         return self._profile.apply(pixels)
@@ -211,14 +227,14 @@ class Slide:
                     ]
                 )
             middle, cut = width // 2, area.left + area.width * (width // 2) / width
-            left, right = (
+            before, after = (
                 _Area(area.left, area.top, cut, area.bottom),
                 _Area(cut, area.top, area.right, area.bottom),
             )
             return np.concatenate(
                 [
-                    self._resampled(level, left, height, middle),
-                    self._resampled(level, right, height, width - middle),
+                    self._resampled(level, before, height, middle),
+                    self._resampled(level, after, height, width - middle),
                 ],
                 axis=1,
             )
@@ -244,8 +260,8 @@ class Slide:
     def _pixels(self, level: int, box: Box, margin: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Return the level's pixels in a box, with a margin where the level has one, and their corner.
 
-        Beyond the slide is white. A level whose size was rounded down lacks up to one row and column of what it
-        shows: those repeat the last ones.
+        Beyond the slide is white. A level whose size was rounded down lacks up to one row and column of
+        what it shows: those repeat the last ones.
         """
         width, height = self._backend.levels[level]
         whole = Box(0, 0, width, height)

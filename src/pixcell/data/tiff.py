@@ -1,9 +1,9 @@
 """TIFF pyramids of every make, read segment by segment.
 
-A segment is a tile or a strip as stored. Its bytes are fetched with a positioned read and decoded by imagecodecs
-outside of the interpreter's lock, so several threads may read one slide; the last segments stay in a small cache,
-because neighbouring boxes share them. For JPEG tiles the pixels are those of OpenSlide, bit for bit (tested on
-real slides), at about a quarter of the time.
+A segment is a tile or a strip as stored. Its bytes are fetched with a positioned read and decoded by
+imagecodecs outside of the interpreter's lock, so several threads may read one slide; the last segments stay in
+a small cache, because neighbouring boxes share them. For JPEG tiles the pixels are those of OpenSlide, bit for
+bit (tested on real slides), at a fraction of the time.
 """
 
 import collections
@@ -203,7 +203,13 @@ class _Level:
         inverted = self.page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         dtype = self.page.dtype
         white = (
-            0 if inverted else True if dtype == bool else np.nan if dtype.kind == "f" else np.iinfo(dtype).max
+            0
+            if inverted
+            else True
+            if dtype.kind == "b"
+            else np.nan
+            if dtype.kind == "f"
+            else np.iinfo(dtype).max
         )
         samples = len(self._planes) if len(self._planes) > 1 else self.page.samplesperpixel
         return np.full((height, width, samples), white, dtype)
@@ -322,8 +328,8 @@ def _pixel_format(tiff: tifffile.TiffFile, series: Any, level: _Level) -> tuple[
         count = max(separate, samples)
         if count != 3:
             raise ValueError(
-                f"it has {count} channels, as fluorescence images do; only bright-field pictures (grey or RGB) "
-                "can be used"
+                f"it has {count} channels, as fluorescence images do; only bright-field pictures "
+                "(grey or RGB) can be used"
             )
         photometric = kinds.RGB
     if photometric == kinds.YCBCR and page.compression not in (7, 34712):
