@@ -103,8 +103,8 @@ class Report:
         """
         if content.get("format") != _FORMAT or content.get("version") != _VERSION:
             raise EvaluationError(
-                f"{source} is not a report that this version of pixcell reads (format "
-                f"{content.get('format')!r}, version {content.get('version')!r}; not {_FORMAT!r}, {_VERSION})."
+                f"{source} is no report that this version of pixcell reads (it has format "
+                f"{content.get('format')!r}, version {content.get('version')!r})."
             )
         try:
             values = {

@@ -249,7 +249,7 @@ def _warnings(
     for name, features in (("real", real_features), ("synthetic", synthetic_features)):
         if duplicates := _num_duplicates(features):
             warnings.append(
-                f"{duplicates} {name} pictures repeat another one pixel for pixel; they were counted as often "
+                f"{duplicates} {name} pictures repeat another one pixel for pixel; they count as often "
                 "as they are there."
             )
     if extractor.get("is_standard") is False:

@@ -1,0 +1,109 @@
+"""Explain whatever one is pointed at."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pixcell.data.slides import SLIDE_SUFFIXES, find_slides
+from pixcell.errors import PixCellError, UnreadableSlide
+from pixcell.provenance import read_provenance
+from pixcell.tasks.explain import (
+    explain_folder,
+    explain_picture,
+    explain_report,
+    explain_slide,
+    explain_store,
+)
+from pixcell.tasks.explain_models import (
+    explain_checkpoint,
+    explain_model,
+    explain_pipeline,
+    explain_recipe,
+    explain_run,
+    explain_weights,
+)
+from pixcell.tasks.facts import Facts
+
+__all__ = ["Facts", "inspect"]
+
+_KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] = (
+    # The first that recognises the path explains it; so the most particular stand first.
+    ("a tile store (folder with store.json)", lambda path: (path / "store.json").is_file(), explain_store),
+    (
+        "a checkpoint (folder with checkpoint.json)",
+        lambda path: (path / "checkpoint.json").is_file(),
+        explain_checkpoint,
+    ),
+    ("a training run (folder with recipe.yaml)", lambda path: (path / "recipe.yaml").is_file(), explain_run),
+    (
+        "a pipeline (folder with model_index.json)",
+        lambda path: (path / "model_index.json").is_file(),
+        explain_pipeline,
+    ),
+    ("a model (folder with config.json)", lambda path: (path / "config.json").is_file(), explain_model),
+    (
+        "a slide (file, or folder of DICOM instances)",
+        lambda path: path.is_dir() and _slides_in(path) == [path],
+        explain_slide,
+    ),
+    (
+        "a folder of slides or pictures",
+        lambda path: path.is_dir() and bool(_slides_in(path)),
+        explain_folder,
+    ),
+    ("a recipe (.yaml)", lambda path: path.suffix.lower() in (".yaml", ".yml"), explain_recipe),
+    ("a report (.json)", lambda path: _is_report(path), explain_report),
+    ("weights (.safetensors)", lambda path: path.suffix == ".safetensors", explain_weights),
+    ("a generated picture (.png)", lambda path: _has_record(path), explain_picture),
+    ("a slide or image", lambda path: path.suffix.lower() in SLIDE_SUFFIXES, explain_slide),
+)
+
+
+def inspect(path: Path, *, verify: bool = False) -> Facts:
+    """Say what something is: resolution and where it was read, contents, provenance.
+
+    Knows slides, folders of slides or pictures, tile stores, recipes, training runs, checkpoints, pipelines,
+    models, weight files, generated pictures and reports.
+
+    Args:
+        path: The thing.
+        verify: Read everything of a store, run or checkpoint and compare it with its checksums. What is wrong
+            stands in ``problems``.
+
+    Raises:
+        PixCellError: If nothing is there, it is of no known kind (the kinds are listed), or it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PixCellError(f"there is no {path}.")
+    for _, recognises, explain in _KINDS:
+        if recognises(path):
+            return explain(path, verify)
+    if path.is_file():  # a slide may have any ending when it is named directly
+        with contextlib.suppress(UnreadableSlide):
+            return explain_slide(path, verify)
+    known = "; ".join(name for name, _, _ in _KINDS)
+    what = "this folder" if path.is_dir() else f"a file of this kind ({path.suffix or 'no ending'})"
+    raise PixCellError(f"{path}: {what} is nothing that pixcell can explain. It knows {known}.")
+
+
+def _slides_in(folder: Path) -> list[Path]:
+    try:
+        return find_slides(folder)
+    except UnreadableSlide:  # its way to say that there are none
+        return []
+
+
+def _is_report(path: Path) -> bool:
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PixCellError(f"{path} is not valid JSON: {error}.") from error
+    return isinstance(content, dict) and content.get("format") == "pixcell-report"
+
+
+def _has_record(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".png" and read_provenance(path) is not None
