@@ -203,7 +203,8 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     make(folder, arguments.tiles, tiles_per_slide=250, sparse=False)
     datasets = datasets_in(folder)
-    same_values(*datasets.values())
+    slow_one, fast_one = datasets.values()
+    same_values(slow_one, fast_one)
     for path in folder.rglob("*.npy"):
         path.read_bytes()
     rates: dict[str, list[float]] = {name: [] for name in datasets}
@@ -212,9 +213,7 @@ def main() -> None:
             samples = 4000 if name != "tile store" else 24000
             rates[name].append(samples_per_second(dataset, samples, batch_size, workers))
     slow, fast = rates.values()
-    print(
-        f"{arguments.tiles} tiles, {workers} workers, batches of {batch_size}, {arguments.runs} runs, fields/s"
-    )
+    print(f"{arguments.tiles} tiles, {workers} workers, batches of {batch_size}, {arguments.runs} runs")
     for name, values in rates.items():
         print(
             f"  {name:24s} median {statistics.median(values):8.0f}  ({min(values):.0f} to {max(values):.0f})"

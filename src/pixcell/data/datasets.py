@@ -29,10 +29,21 @@ __all__ = ["FieldDataset", "TileColumn", "TileImages", "TileSource"]
 class TileColumn(Protocol):
     """Fixed-size records of tiles, ``(rows, columns, ...)``; :class:`pixcell.data.columns.Column` is one."""
 
-    made_by: Mapping[str, Any]
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    num_tiles: Mapping[str, int]
+    @property
+    def made_by(self) -> Mapping[str, Any]:
+        """What made the column."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one tile's record."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the records."""
+
+    @property
+    def num_tiles(self) -> Mapping[str, int]:
+        """Number of tiles per slide that is done."""
 
     def read_into(self, out: np.ndarray, slide_id: str, tile: int, fields: Box) -> None:
         """Read some fields of a tile into a contiguous array."""
