@@ -1,11 +1,11 @@
 """Train a model by a recipe, in a run folder that can be killed and gone on with at any time.
 
-    runs/<name>/
-    ├── recipe.yaml          as resolved, with every default
-    ├── environment.json     versions at each start
-    ├── metrics.jsonl        figures, one line per logged step; tensorboard/ shows the same
-    ├── previews/            held-out tissue above what the model makes of its embeddings
-    └── checkpoints/         step-…/pipeline to use, step-…/state to go on
+runs/<name>/
+├── recipe.yaml          as resolved, with every default
+├── environment.json     versions at each start
+├── metrics.jsonl        figures, one line per logged step; tensorboard/ shows the same
+├── previews/            held-out tissue above what the model makes of its embeddings
+└── checkpoints/         step-…/pipeline to use, step-…/state to go on
 """
 
 import contextlib
@@ -65,7 +65,9 @@ class TrainResult:
 
     def __rich__(self) -> Table:
         """Lay the result out for a terminal."""
-        end = "complete" if self.is_complete else f"stopped by {self.stopped_by}; run the same command to go on"
+        end = (
+            "complete" if self.is_complete else f"stopped by {self.stopped_by}; run the same command to go on"
+        )
         return facts(
             f"Run {self.run}",
             {
@@ -90,14 +92,17 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
     Raises:
         RecipeError: If parts of the recipe do not fit each other or the data.
         StoreError: If a store or column is missing or does not fit.
-        RunError: If the folder is of another recipe, in use, or its checkpoint is damaged; or the loss is NaN.
+        RunError: If the folder is of another recipe, in use, or its checkpoint is damaged; or the loss is
+            no finite number.
         OutputError: If the folder cannot be written. The last checkpoint stays usable.
     """
     run = run or Path("runs") / recipe.name
     with exclusively(run) if is_main_process() else contextlib.nullcontext():
         _must_be_same_recipe(run, recipe)
         if not resume and (last := Checkpoint.last(run)) is not None:
-            raise OutputError(f"{run} holds a run at step {last.step}: resume it, or choose another folder with --run.")
+            raise OutputError(
+                f"{run} holds a run at step {last.step}: resume it, or choose another folder with --run."
+            )
         trainer = Trainer(build_objective(recipe), recipe.optimizer, recipe.trainer, run, recipe.name)
         if is_main_process():
             save_recipe(recipe, run / "recipe.yaml")

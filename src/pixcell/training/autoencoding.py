@@ -2,9 +2,9 @@
 
     loss = |picture - reconstruction| + edges * |their differences| + kl * KL(posterior, N(0, 1))
 
-The reconstruction is that of a draw from the posterior. The KL term widens the posterior until the decoder only
-just copes, which makes latents smooth and tolerant of small errors: those of a generator. Four channels that
-reconstruct a little softly can be learned by a small generator in minutes, sixteen sharp ones cannot.
+The reconstruction is that of a draw from the posterior. The KL term widens the posterior until the decoder
+only just copes, which makes latents smooth and tolerant of small errors: those of a generator. Four channels
+that reconstruct a little softly can be learned by a small generator in minutes, sixteen sharp ones cannot.
 
 Latents are scaled by their measured mean and standard deviation at each export, so that diffusion sees
 zero mean and unit variance whatever the KL term led to.
@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the usual name
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
@@ -53,10 +54,12 @@ class AutoencodingConfig(Config):
 class ImageCrops:
     """Random crops of fields, flipped and turned by quarters. Tissue has no up and no left."""
 
-    def __init__(self, fields: FieldDataset, crop_size: int, latent_channels: int, held_out: Sequence[int]) -> None:
+    def __init__(
+        self, fields: FieldDataset, crop_size: int, latent_channels: int, held_out: Sequence[int]
+    ) -> None:
         if crop_size > fields.size:
             raise RecipeError(
-                f"objective.crop_size {crop_size} is larger than data.size {fields.size}: choose at most that."
+                f"objective.crop_size {crop_size} is larger than data.size {fields.size}: choose less."
             )
         self.fields, self.crop_size, self.latent_channels = fields, crop_size, latent_channels
         self._kept, self._count = Without(held_out), len(fields) - len(held_out)
@@ -122,8 +125,8 @@ class Autoencoding:
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return ``loss``, and its parts ``pixels``, ``edges`` and ``kl``."""
         images = _signed(batch["image"])
-        posterior = self.trainable.encode(images).latent_dist
-        reconstruction = self.trainable.decode(posterior.mean + posterior.std * batch["noise"]).sample.float()
+        posterior = self._encode(images)
+        reconstruction = self._decode(posterior.mean + posterior.std * batch["noise"])
         pixels = F.l1_loss(reconstruction, images)
         edges = sum(F.l1_loss(reconstruction.diff(dim=side), images.diff(dim=side)) for side in (2, 3)) / 2
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
@@ -131,12 +134,17 @@ class Autoencoding:
         loss = pixels + self.config.edges * edges + self.config.kl * kl
         return {"loss": loss, "pixels": pixels, "edges": edges, "kl": kl}
 
+    def _encode(self, images: Tensor) -> DiagonalGaussianDistribution:
+        return self.trainable.encode(images, return_dict=False)[0]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.trainable.decode(latents, return_dict=False)[0].float()
+
     @torch.no_grad()
     def preview(self) -> Preview:
-        """Show held-out fields above their reconstructions, with the peak signal-to-noise ratio in decibels."""
+        """Show held-out fields above their reconstructions, with the peak signal-to-noise ratio (dB)."""
         images = _signed(self._held_out.to(self._device))
-        posterior = self.trainable.encode(images).latent_dist
-        restored = self.trainable.decode(posterior.mean).sample.clamp(-1, 1).float()
+        restored = self._decode(self._encode(images).mean).clamp(-1, 1)
         psnr = 10 * torch.log10(4 / (restored - images).square().flatten(1).mean(1)).mean()
         pictures = to_uint8(restored / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
         originals = self._held_out.permute(0, 2, 3, 1).numpy()
@@ -158,12 +166,14 @@ class Autoencoding:
         for start in range(0, len(self._measured_on), 8):
             items = self.samples.fields.__getitems__(self._measured_on[start : start + 8])
             images = torch.stack([item["image"] for item in items])
-            posterior = self.trainable.encode(_signed(images.to(self._device))).latent_dist
+            posterior = self._encode(_signed(images.to(self._device)))
             mean, std = posterior.mean.double(), posterior.std.double()
             count += mean.numel()
             total += float(mean.sum())
             squares += float(mean.square().sum())
-            inner += float(std.square().sum())  # variance of a mixture: of the means, plus the mean of variances
+            inner += float(
+                std.square().sum()
+            )  # variance of a mixture: of the means, plus the mean of variances
         mean_of_all = total / count
         variance = squares / count - mean_of_all**2 + inner / count
         return mean_of_all, variance**-0.5

@@ -45,7 +45,7 @@ class Checkpoint:
 
     @classmethod
     def find(cls, place: Path) -> Self:
-        """Return the checkpoint at ``place``: a checkpoint folder, or a run folder, of which the last one counts.
+        """Return a checkpoint folder's checkpoint, or the last one of a run folder.
 
         Raises:
             RunError: If there is none.
@@ -184,7 +184,8 @@ def exclusively(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
-                f"another process is training in {run}. Wait for it, stop it, or choose another folder with --run."
+                f"another process is training in {run}. "
+                "Wait for it, stop it, or choose another folder with --run."
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks

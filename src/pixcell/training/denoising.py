@@ -2,13 +2,14 @@
 
 A sample is a field's posterior as stored. Each time it is seen, a fresh draw is made from it, normalised, and
 mixed with noise at a uniformly drawn timestep; with probability ``drop_conditioning`` its embeddings are
-replaced by the model's "no condition" tokens, which is what guidance later subtracts. Latents are never flipped
-or turned: their embeddings were computed from the picture as it stands.
+replaced by the model's "no condition" tokens, which is what guidance later subtracts. Latents are never
+flipped or turned: their embeddings were computed from the picture as it stands.
 
 Source: facts of the reference in Yellapragada et al. 2025, "PixCell" (https://arxiv.org/abs/2506.05127); the
 loss itself is in :mod:`pixcell.diffusion.losses`.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +23,20 @@ from pixcell.config import Config
 from pixcell.data.datasets import FieldDataset
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.losses import NoiseSchedule, denoising_loss
+from pixcell.diffusion.pipelines import PixCellPipeline
+from pixcell.diffusion.sampling import generator_for, make_scheduler
 from pixcell.errors import StoreMismatch
-from pixcell.models.codec import LatentCodec, to_uint8
+from pixcell.models.codec import LatentCodec
 from pixcell.models.transformer import PixCellTransformer2DModel
+from pixcell.provenance import environment
 from pixcell.training.checkpoints import link_or_copy
-from pixcell.training.determinism import Without
+from pixcell.training.determinism import Without, rng_for
 from pixcell.training.objectives import Preview, picture_rows
 
 __all__ = ["Denoising", "DenoisingConfig", "NoisyFields"]
+
+_HELD_OUT_TIMES = 8
+_TENSORS = ("latents", "noise", "embedding_grid")
 
 
 class DenoisingConfig(Config):
@@ -68,11 +75,12 @@ class NoisyFields:
         return self._count
 
     def draw(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[dict[str, Any]]:
-        """Return normalised latents drawn from their posteriors, noise, timesteps, embeddings, and what to drop."""
+        """Return normalised draws from the posteriors, noise, timesteps, embeddings, and what to drop."""
         items = self.fields.__getitems__([self._kept[index] for index in indices])
-        return [self._drawn(item, rng) for item, rng in zip(items, rngs, strict=True)]
+        return [self.noisy(item, rng) for item, rng in zip(items, rngs, strict=True)]
 
-    def _drawn(self, item: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def noisy(self, item: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Draw from one field's posterior, and what befalls it."""
         mean = item["posterior_mean"].float()
         chance = torch.from_numpy(rng.standard_normal((2, *mean.shape), dtype=np.float32))
         raw = mean + item["posterior_std"].float() * chance[0]
@@ -109,18 +117,22 @@ class Denoising:
     ) -> None:
         made_by = fields.made_by["latents"]
         if made_by["codec"]["sha256"] != codec.sha256:
+            maker = made_by["codec"]
             raise StoreMismatch(
                 f"objective.codec {config.codec!r} ({codec.sha256[:12]}) did not make these latents; "
-                f"{made_by['codec']['name']!r} ({made_by['codec']['sha256'][:12]}) did. Name that one, or encode again."
+                f"{maker['name']!r} ({maker['sha256'][:12]}) did. Name that one, or encode again."
             )
         self.trainable, self.codec, self.config = model, codec, config
         self.schedule = NoiseSchedule()
         self.samples = NoisyFields(
             fields, codec.shift, codec.scale, config, self.schedule.num_timesteps, held_out
         )
-        items = fields.__getitems__(list(held_out))
-        self._embeddings = torch.stack([item["embedding_grid"].float() for item in items])
-        self._pictures = [item["image"].permute(1, 2, 0).numpy() for item in pictures.__getitems__(list(held_out))]
+        self._held_out = list(held_out)
+        self._pictures = [
+            item["image"].permute(1, 2, 0).numpy() for item in pictures.__getitems__(self._held_out)
+        ]
+        self._pipeline = PixCellPipeline(model, codec.vae, make_scheduler(), self._pipeline_facts())
+        self._pipeline.set_progress_bar_config(disable=True)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -148,3 +160,54 @@ class Denoising:
         )
         parts = {"loss": terms.loss.mean(), "mse": terms.mse.mean()}
         return parts if terms.bound is None else {**parts, "bound": terms.bound.mean()}
+
+    @torch.no_grad()
+    def preview(self) -> Preview:
+        """Show held-out fields above pictures generated from their embeddings, with the held-out error.
+
+        Same noise at every checkpoint: what changes from preview to preview is the model.
+        """
+        items = self.samples.fields.__getitems__(self._held_out)
+        embeddings = torch.stack([item["embedding_grid"].float() for item in items])
+        images = self._pipeline(
+            Conditioning(embeddings),
+            num_inference_steps=self.config.preview_steps,
+            guidance_scale=self.config.preview_guidance,
+            generator=[generator_for(0, index) for index in range(len(items))],
+            output_type="pil",
+            return_dict=False,
+        )[0]
+        generated = f"generated from their embeddings, guidance {self.config.preview_guidance:g}"
+        rows = {"real, held out": self._pictures, generated: [np.asarray(image) for image in images]}
+        return Preview(picture_rows(rows), {"mse": self._held_out_error(items)})
+
+    def _held_out_error(self, items: Sequence[Mapping[str, Any]]) -> float:
+        """Squared error of the noise, over evenly spread timesteps and fixed noise: comparable over a run."""
+        device, total = self.trainable.device, 0.0
+        places = range(_HELD_OUT_TIMES)
+        for place in places:
+            drawn = [self.samples.noisy(item, rng_for(place, index)) for index, item in enumerate(items)]
+            batch = {name: torch.stack([one[name] for one in drawn]).to(device) for name in _TENSORS}
+            batch["dropped"] = torch.zeros(len(items), dtype=torch.bool, device=device)
+            step = self.schedule.num_timesteps * (2 * place + 1) // (2 * len(places))
+            batch["timestep"] = torch.full((len(items),), step, device=device)
+            total += float(self.loss(batch)["mse"]) / len(places)
+        return total
+
+    def export(self, folder: Path, previous: Path | None) -> None:
+        """Write a whole :class:`PixCellPipeline`; its autoencoder shares its bytes with the last export."""
+        self._pipeline.save_pretrained(folder)
+        if previous is not None and (previous / "vae").is_dir():
+            shutil.rmtree(folder / "vae")
+            link_or_copy(previous / "vae", folder / "vae")
+
+    def _pipeline_facts(self) -> dict[str, Any]:
+        fields = self.samples.fields
+        embeddings = fields.made_by["embeddings"]
+        return {
+            "encoder": {**embeddings["encoder"], "dim": self.trainable.config.caption_channels},
+            "field_size": embeddings["field_size"],
+            "mpp": fields.mpp,
+            "codec": self.codec.made_by(),
+            "environment": environment(),
+        }

@@ -2,8 +2,8 @@
 
 ``position`` is the place of a sample in the total batch of a step. Whatever is random about a sample (its
 crop, flip, dropout, time and noise) is drawn from ``rng_for(seed, step, position)``, and which sample stands
-there from ``SampleOrder``. So a run that was killed goes on bit for bit, and the same samples come in the same
-order on any number of processes, with any number of loader workers.
+there from ``SampleOrder``. So a run that was killed goes on bit for bit, and the same samples come in the
+same order on any number of processes, with any number of loader workers.
 """
 
 import hashlib

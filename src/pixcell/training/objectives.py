@@ -40,8 +40,8 @@ class Samples(Protocol):
     def draw(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[dict[str, Any]]:
         """Return samples, each as tensors of fixed shapes and its name as ``key``.
 
-        Everything random about a sample (crop, noise, time, dropout) is drawn here, from its own generator and
-        nothing else: that is what makes a resumed run equal to one that was left alone.
+        Everything random about a sample (crop, noise, time, dropout) is drawn here, from its own generator
+        and nothing else: that is what makes a resumed run equal to one that was left alone.
         """
 
 
@@ -49,9 +49,13 @@ class Samples(Protocol):
 class Objective(Protocol):
     """A training task."""
 
-    trainable: nn.Module
-    """What the optimiser moves and the average follows; frozen parts stand elsewhere."""
-    samples: Samples
+    @property
+    def trainable(self) -> nn.Module:
+        """What the optimiser moves and the average follows; frozen parts stand elsewhere."""
+
+    @property
+    def samples(self) -> Samples:
+        """What it is trained on."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -64,7 +68,7 @@ class Objective(Protocol):
         """Return ``loss`` and, under other names, its parts: scalars, means over the batch."""
 
     def preview(self) -> Preview:
-        """Look at the model as it is (the trainer puts the averages in place). Must touch no global chance."""
+        """Look at the model as it is (the trainer puts the averages in place). Touch no global chance."""
 
     def export(self, folder: Path, previous: Path | None) -> None:
         """Write the model for use into an empty folder.

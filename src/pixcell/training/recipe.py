@@ -44,7 +44,7 @@ class DataConfig(Config):
     """Column of latents. Not needed to train an autoencoder."""
     embeddings: str | None = None
     """Column of embeddings. Not needed to train an autoencoder."""
-    where: dict[str, list[str]] = {}
+    where: dict[str, list[str]] = Field(default_factory=dict)
     """Attributes of tiles to take, such as {split: [train]}; all must hold."""
     held_out: int = Field(8, gt=0)
     """Fields, evenly spread, that are kept out of training and shown in previews."""
@@ -94,9 +94,13 @@ class TrainRecipe(Config):
     def _parts_fit(self) -> Self:
         wanted = "autoencoder" if self.objective.name == "autoencoding" else "transformer"
         if self.model.name != wanted:
-            raise ValueError(f"objective {self.objective.name!r} trains a model named {wanted!r}, not {self.model.name!r}")
+            raise ValueError(
+                f"objective {self.objective.name!r} trains a model named {wanted!r}, not {self.model.name!r}"
+            )
         if self.objective.name == "denoising" and not (self.data.latents and self.data.embeddings):
-            raise ValueError("denoising needs data.latents and data.embeddings: columns that `pixcell encode` makes")
+            raise ValueError(
+                "denoising needs data.latents and data.embeddings: columns that `pixcell encode` makes"
+            )
         return self
 
 
@@ -119,8 +123,9 @@ def build_objective(recipe: TrainRecipe) -> Objective:
             return Autoencoding(autoencoder, fields, recipe.objective, _held_out(fields, data))
         assert isinstance(model, TransformerConfig)
         assert isinstance(recipe.objective, DenoisingConfig)
-        columns = {"latents": data.latents, "embeddings": data.embeddings}
-        fields = FieldDataset(stores, size=data.size, **columns, where=data.where)
+        fields = FieldDataset(
+            stores, size=data.size, latents=data.latents, embeddings=data.embeddings, where=data.where
+        )
         pictures = FieldDataset(stores, size=data.size, images=True, where=data.where)
         codec = LatentCodec.from_pretrained(_weights_folder(recipe.objective.codec))
         transformer = _transformer(model, recipe.objective, fields)
@@ -131,8 +136,8 @@ def _held_out(fields: FieldDataset, data: DataConfig) -> list[int]:
     held_out = spread_over(data.held_out, len(fields))
     if not held_out:
         raise RecipeError(
-            f"{len(fields)} field(s) of {data.size} px are too few: one is held out for previews, one is trained on. "
-            "Tile more slides, or train on smaller fields."
+            f"{len(fields)} field(s) of {data.size} px are too few: one is held out for previews, "
+            "one is trained on. Tile more slides, or train on smaller fields."
         )
     return held_out
 
@@ -199,7 +204,9 @@ def _initial(place: Path, weights: str) -> tuple[PixCellTransformer2DModel, Mapp
         checkpoint.verify()
         folder, state = checkpoint.pipeline, checkpoint.state / "weights.safetensors"
     if not (folder / "transformer" / "config.json").is_file():
-        raise ModelError(f"model.init {place} holds no transformer: give a run that trained one, or a pipeline folder.")
+        raise ModelError(
+            f"model.init {place} holds no transformer: give a run that trained one, or a pipeline folder."
+        )
     transformer = PixCellTransformer2DModel.from_pretrained(folder / "transformer")
     if state is not None and weights == "trained":
         fit_weights(transformer, read_weights(state), str(state))
@@ -209,12 +216,11 @@ def _initial(place: Path, weights: str) -> tuple[PixCellTransformer2DModel, Mapp
 
 def _must_agree(facts: Mapping[str, Any], fields: FieldDataset, place: Path) -> None:
     """Refuse a stage whose latents or embeddings are not those that the model was trained on."""
-    known = facts.get("made_by", {})
     for kind, part in (("latents", "codec"), ("embeddings", "encoder")):
-        before, now = known.get(kind, {}).get(part), fields.made_by[kind][part]
+        before, now = facts.get(part), fields.made_by[kind][part]
         if before and before["sha256"] != now["sha256"]:
             raise ModelError(
-                f"model.init {place} was trained on {kind} by {before['name']!r} ({before['sha256'][:12]}); the store "
-                f"holds those by {now['name']!r} ({now['sha256'][:12]}). Encode the store with the first, "
+                f"model.init {place} was trained on {kind} by {before['name']!r} ({before['sha256'][:12]}); "
+                f"the store holds those by {now['name']!r} ({now['sha256'][:12]}). Encode the store with the first, "
                 "or train from scratch."
             )

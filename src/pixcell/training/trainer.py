@@ -1,10 +1,10 @@
 """The one training loop.
 
 A step: its micro-batches forward and backward, clip, move the weights, move the average. Everything random
-about a step is a function of (seed, step, position) (see :mod:`pixcell.training.determinism`), so the state of
-a run is the weights, the averages, the optimiser's moments and the number of the step, and nothing else: a run
-that was killed goes on as if nothing had happened. On one CPU process the weights are equal bit for bit; GPUs
-and several processes add up in another order and agree within rounding.
+about a step is a function of (seed, step, position) (see :mod:`pixcell.training.determinism`), so the state
+of a run is the weights, the averages, the optimiser's moments and the number of the step, and nothing else: a
+run that was killed goes on as if nothing had happened. On one CPU process the weights are equal bit for bit;
+GPUs and several processes add up in another order and agree within rounding.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, send_to_device
+from diffusers.models.modeling_utils import ModelMixin
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from pixcell.config import Config
 from pixcell.console import console, progress
 from pixcell.errors import RecipeError, RunError
-from pixcell.files import write_json
+from pixcell.files import write_json, writing_to
 from pixcell.models.weights import fit_weights
 from pixcell.provenance import save_synthetic_png
 from pixcell.training.checkpoints import Checkpoint, prune, remove_unfinished, write_checkpoint
@@ -50,7 +51,7 @@ class TrainerConfig(Config):
     batch_size: int = Field(gt=0)
     """Samples a step, over all processes and micro-batches."""
     micro_batch_size: int | None = Field(None, gt=0)
-    """Samples that pass through one device at once; gradients add up to ``batch_size``. None: all its share."""
+    """Samples that pass through one device at once; gradients add up. None: its whole share of the batch."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of products inside the model (autocast). Weights, moments, averages and losses are float32."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -98,7 +99,12 @@ class Trainer:
     """
 
     def __init__(
-        self, objective: Objective, optimizer: OptimizerConfig, config: TrainerConfig, run: Path, label: str = ""
+        self,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        config: TrainerConfig,
+        run: Path,
+        label: str = "",
     ) -> None:
         self.objective, self.optimizer_config, self.config, self.run = objective, optimizer, config, run
         self.label = label or run.name
@@ -111,7 +117,7 @@ class Trainer:
         )
         self.order = self._order()
         if config.gradient_checkpointing:
-            objective.trainable.enable_gradient_checkpointing()
+            _enable_gradient_checkpointing(objective.trainable)
         objective.trainable.train()
         objective.trainable.to(self.accelerator.device)
         objective.move_to(self.accelerator.device)
@@ -119,7 +125,8 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(
             _LossOf(objective), make_optimizer(objective.trainable, optimizer)
         )
-        self.step, self.seconds, self.last_checkpoint = 0, 0.0, None
+        self.step, self.seconds = 0, 0.0
+        self.last_checkpoint: Checkpoint | None = None
 
     def fit(self, resume: bool = True) -> Outcome:
         """Train to the last step, from the last checkpoint if there is one.
@@ -131,6 +138,8 @@ class Trainer:
             OutputError: If the disk is full; the last checkpoint stays usable.
         """
         if self.accelerator.is_main_process:
+            with writing_to(self.run):
+                self.run.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.run)
         if resume:
             self._resume()
@@ -142,14 +151,16 @@ class Trainer:
         ):
             return self._fit(stop, metrics, advance)
 
-    def _fit(self, stop: "_StopSignals", metrics: "MetricsLog | None", advance: Callable[..., None]) -> Outcome:
+    def _fit(
+        self, stop: "_StopSignals", metrics: "MetricsLog | None", advance: Callable[..., None]
+    ) -> Outcome:
         config = self.config
         window = _Window()
         loss = samples_per_s = None
         stopped = False
         for batches in self._steps():
             rate = learning_rate(self.optimizer_config, self.step, config.steps)
-            parts, gradient_norm, stopped = self._take_step(batches, rate, stop.requested)
+            parts, gradient_norm, stopped = self._take_step(batches, rate, stop)
             window.add(parts, config.batch_size)
             if self.step % config.log_every == 0 or self.step == config.steps:
                 figures, seconds = window.summary()
@@ -162,7 +173,8 @@ class Trainer:
                 window = _Window()
                 advance(
                     0,
-                    note=f"loss {loss:.4f}, lr {rate:.2g}, gradient {gradient_norm:.2g}, {samples_per_s:.1f} images/s",
+                    note=f"loss {loss:.4f}, lr {rate:.2g}, gradient {gradient_norm:.2g}, "
+                    f"{samples_per_s:.1f} images/s",
                 )
             advance(1)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
@@ -171,7 +183,9 @@ class Trainer:
             if stopped:
                 break
         assert self.last_checkpoint is not None
-        name = signal.Signals(stop.requested).name if stop.requested else "another process" if stopped else None
+        name = (
+            signal.Signals(stop.requested).name if stop.requested else "another process" if stopped else None
+        )
         return Outcome(
             self.step,
             self.last_checkpoint,
@@ -182,7 +196,7 @@ class Trainer:
         )
 
     def _take_step(
-        self, batches: Iterator[Mapping[str, Any]], rate: float, stop: int
+        self, batches: Iterator[Mapping[str, Any]], rate: float, stop: "_StopSignals"
     ) -> tuple[dict[str, float], float, bool]:
         """One optimiser step; return the mean of each loss part, the gradient's norm, and whether to stop."""
         accelerator = self.accelerator
@@ -200,11 +214,10 @@ class Trainer:
                 accelerator.backward(parts["loss"] / count)
             for name, part in parts.items():
                 totals[name] = totals.get(name, 0.0) + part.detach().float() / count
-        names = list(totals)
-        together = accelerator.reduce(
-            torch.stack([*totals.values(), torch.tensor(float(stop > 0), device=accelerator.device)]), "mean"
-        ).tolist()
-        means = dict(zip(names, together, strict=False))
+        # One exchange a step: the losses, and whether any process was told to stop (they must stop together).
+        told = torch.tensor(float(stop.requested > 0), device=accelerator.device)
+        *values, stopped = accelerator.reduce(torch.stack([*totals.values(), told]), "mean").tolist()
+        means = dict(zip(totals, values, strict=True))
         self._check_finite("loss", means["loss"], keys)
         clip = self.optimizer_config.clip_norm
         norm = accelerator.clip_grad_norm_(self.objective.trainable.parameters(), clip or math.inf)
@@ -215,7 +228,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.averages.update(self.step)
         self.step += 1
-        return means, gradient_norm, together[-1] > 0
+        return means, gradient_norm, stopped > 0
 
     def _check_finite(self, what: str, value: float, keys: list[str]) -> None:
         if math.isfinite(value):
@@ -226,7 +239,7 @@ class Trainer:
         raise RunError(
             f"the {what} became {value} at step {self.step + 1} of {self.run.name}, on the batch "
             f"{', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}. {way_out}"
-            "A smaller optimizer.lr, a longer warm-up, optimizer.clip_norm, or precision fp32 or bf16 usually help."
+            "A smaller optimizer.lr, a longer warm-up, optimizer.clip_norm, or another precision usually help."
         )
 
     # -- what the trainer reads ---------------------------------------------------------------------------
@@ -288,7 +301,11 @@ class Trainer:
                 self.objective.trainable.eval()
                 preview = self.objective.preview()
                 path = self.run / "previews" / f"step-{self.step:08d}.png"
-                record = {"preview_of": self.run.name, "step": self.step, "note": "rows of real tissue are captioned so"}
+                record = {
+                    "preview_of": self.run.name,
+                    "step": self.step,
+                    "note": "rows of real tissue are captioned so",
+                }
                 save_synthetic_png(path, preview.picture, record)
                 self.last_checkpoint = write_checkpoint(
                     self.run,
@@ -298,7 +315,9 @@ class Trainer:
                 )
                 self.objective.trainable.train()
             if metrics:
-                metrics.write(self.step, {f"held_out/{name}": value for name, value in preview.figures.items()})
+                metrics.write(
+                    self.step, {f"held_out/{name}": value for name, value in preview.figures.items()}
+                )
                 metrics.write_picture(self.step, "preview", preview.picture)
             prune(self.run, self.config.keep_last)
         self.accelerator.wait_for_everyone()
@@ -312,7 +331,9 @@ class Trainer:
         state.mkdir()
         save_file(self.averages.averages, state / "averages.safetensors")
         weights = {**self.objective.trainable.state_dict(), **self.averages.displaced}
-        save_file({name: value.contiguous() for name, value in weights.items()}, state / "weights.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in weights.items()}, state / "weights.safetensors"
+        )
         scaler = self.accelerator.scaler
         torch.save(
             {
@@ -339,7 +360,9 @@ class Trainer:
                 "Choose another folder with --run to train on the new data."
             )
         fit_weights(
-            self.objective.trainable, load_file(checkpoint.state / "weights.safetensors"), str(checkpoint.state)
+            self.objective.trainable,
+            load_file(checkpoint.state / "weights.safetensors"),
+            str(checkpoint.state),
         )
         self.averages.load(load_file(checkpoint.state / "averages.safetensors"))
         state = torch.load(checkpoint.state / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -351,6 +374,14 @@ class Trainer:
 
     def _data_facts(self) -> dict[str, Any]:
         return {"num_samples": self.order.num_samples, **self.objective.facts}
+
+
+def _enable_gradient_checkpointing(model: nn.Module) -> None:
+    if not isinstance(model, ModelMixin) or not model._supports_gradient_checkpointing:
+        raise RecipeError(
+            f"trainer.gradient_checkpointing is not possible for {type(model).__name__}: set it to false."
+        )
+    model.enable_gradient_checkpointing()
 
 
 class _LossOf(nn.Module):
