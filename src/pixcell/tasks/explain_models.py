@@ -55,7 +55,8 @@ def explain_run(path: Path, verify: bool = False) -> Facts:
     sections = [
         Section("run", entries),
         Section("checkpoints", columns=("step", "folder", "on disk"), rows=rows),
-        Section("last figures", metrics[-1] if metrics else {}),
+        # A line holds what was measured at its step; together they tell the newest of each figure.
+        Section("last figures", {key: value for line in metrics for key, value in line.items()}),
     ]
     if (path / "environment.json").is_file():
         starts = _read_json(path / "environment.json")
@@ -83,10 +84,10 @@ def explain_checkpoint(path: Path, verify: bool = False) -> Facts:
     sections = [
         Section("checkpoint", {**flattened(stated), "size on disk": size_text(size_of(path))}),
     ]
-    if (checkpoint.pipeline / "model_index.json").is_file():
-        sections += explain_pipeline(checkpoint.pipeline).sections
-    elif (checkpoint.pipeline / "config.json").is_file():
-        sections += explain_model(checkpoint.pipeline).sections
+    if checkpoint.pipeline.is_dir():
+        inside = explain_pipeline(checkpoint.pipeline)
+        sections += inside.sections
+        problems += inside.problems
     sections.append(Section("files", dict(checkpoint.facts["files"]), shown=False))
     return Facts("checkpoint of a training run", path, sections, problems, verified=verify)
 
@@ -94,7 +95,9 @@ def explain_checkpoint(path: Path, verify: bool = False) -> Facts:
 def explain_pipeline(path: Path, verify: bool = False) -> Facts:
     """Explain a pipeline in the diffusers layout: its parts, and what its numbers mean."""
     del verify
-    index = _read_json(path / "model_index.json")
+    named = path / "model_index.json"
+    # A run that trains an autoencoder only has parts without an index.
+    index = _read_json(named) if named.is_file() else _parts_found(path)
     rows: list[Sequence[Any]] = []
     sections: list[Section] = []
     problems = []
@@ -116,7 +119,8 @@ def explain_pipeline(path: Path, verify: bool = False) -> Facts:
     meaning = Section(
         "what its numbers mean", flattened(_read_json(facts_file)) if facts_file.is_file() else {}
     )
-    entries = {"class": index.get("_class_name"), "diffusers": index.get("_diffusers_version")}
+    stated = {"class": index.get("_class_name"), "diffusers": index.get("_diffusers_version")}
+    entries = {key: value for key, value in stated.items() if value is not None}
     columns = ("part", "class", "parameters", "number format", "on disk")
     parts = Section("parts", columns=columns, rows=rows)
     return Facts("pipeline", path, [Section("pipeline", entries), parts, meaning, *sections], problems)
@@ -185,6 +189,12 @@ def explain_recipe(path: Path, verify: bool = False) -> Facts:
             "'data', 'model', 'objective', 'optimizer' and 'trainer'."
         )
     return Facts(kind, path, [Section("settings", flattened(recipe))])
+
+
+def _parts_found(folder: Path) -> dict[str, Any]:
+    """Return the parts of a folder as ``model_index.json`` would name them."""
+    configs = sorted(folder.glob("*/config.json"))
+    return {config.parent.name: ["", _read_json(config).get("_class_name", "?")] for config in configs}
 
 
 def _weights_row(folder: Path) -> tuple[str, str, str]:
