@@ -28,7 +28,13 @@ from torch import Tensor, nn
 
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.guidance import guided
-from pixcell.diffusion.sampling import check_steps, denoiser_of, in_fixed_batches, sample_latents
+from pixcell.diffusion.sampling import (
+    check_steps,
+    denoiser_of,
+    in_fixed_batches,
+    sample_latents,
+    side_by_side,
+)
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.files import write_json
 from pixcell.models.codec import LatentCodec, to_uint8
@@ -236,8 +242,12 @@ class PixCellPipeline(DiffusionPipeline):
         if output_type == "latent":
             return latents
         # The decoder's kernels depend on the batch as the denoiser's do. One at a time is a fixed size too.
-        parts = latents.split(1 if fixed_batch is not None else latents.shape[0])
-        images = torch.cat([self.codec.decode(part.clone()) for part in parts])
+        if fixed_batch is None:
+            images = self.codec.decode(latents)
+        else:
+            decode = self.codec.decode
+            parts = side_by_side(lambda part: decode(part.clone()), latents.split(1), latents.device)
+            images = torch.cat(parts)
         if output_type == "pt":
             return images
         if output_type == "np":
@@ -339,7 +349,7 @@ def _load_scheduler(folder: Path) -> SchedulerMixin:
         raise MissingWeights(f"{folder} lacks scheduler_config.json; copy the pipeline again as a whole.")
     name = str(_read_json(folder / "scheduler_config.json").get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ModelError(
             f"{folder} names the scheduler {name!r}, which diffusers {diffusers.__version__} does not have."
         )

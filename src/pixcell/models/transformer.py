@@ -390,9 +390,9 @@ def condition_positions(
 
     The coordinates are those of the latent positions, ``latent_grid / interpolation_scale`` long: for the
     published 512 model the fields are centred at 8 and 24, for 1024 at 4, 12, 20 and 28. (The reference
-    writes the offset as ``latent_grid // tokens``, which is the centre exactly where the interpolation is half
-    the grid side, as in its stages; and its diffusers class divides by 2 whatever the interpolation is, which
-    misplaces the tokens of a 512 model.)
+    writes the offset as ``latent_grid // tokens``, the centre where the interpolation is half the grid side,
+    as in its stages; and its diffusers class divides by 2 whatever the interpolation is, which misplaces the
+    tokens of a 512 model.)
 
     Args:
         dim: Width of an embedding.

@@ -1,0 +1,474 @@
+"""Generate pictures of tissue, each with its record, and a contact sheet of them.
+
+    OUT/00000_<reference>.png ...   8-bit RGB; in its metadata: that it is synthetic, and how to make it again
+    OUT/contact_sheet.png           references, framed, beside what was made after them
+    OUT/samples.json                all records in one file
+
+Picture number *i* takes reference ``i % number of references`` and the noise of ``(seed, i)``. So a larger
+``count`` is a continuation: the first 16 of 100 are the 16 of 16. A run that was stopped goes on.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor, nn
+
+from pixcell.console import facts, progress
+from pixcell.data.slides import Slide, find_slides
+from pixcell.diffusion.conditioning import Conditioning
+from pixcell.diffusion.pipelines import PixCellPipeline
+from pixcell.diffusion.sampling import check_steps, generator_for, make_scheduler
+from pixcell.errors import ModelError, OutputError, RecipeError, SlideError, UnknownResolution
+from pixcell.files import sha256_of, write_json, writing_to
+from pixcell.geometry import Box, scale_between
+from pixcell.models.encoders import Encoder, load_encoder
+from pixcell.models.weights import Precision, choose_device, dtype_of, weights_sha256
+from pixcell.provenance import environment, hash_of, read_provenance, save_synthetic_png
+from pixcell.tasks.contact_sheet import SheetRow, draw_contact_sheet
+from pixcell.training.checkpoints import Checkpoint
+
+__all__ = ["SampleResult", "sample"]
+
+_STEPS = 20
+_NAME = re.compile(r"\d{5,}_.*\.png")
+_OF_ONE_PICTURE = {"index", "like", "like_sha256", "like_resolution", "embedding_hash"}
+"""Entries of a record that belong to one picture; the others are the recipe, the same for all."""
+_NOT_COMPARED = {"versions", "synthetic"}
+_SHEET_PICTURES = 64
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What a call made."""
+
+    out: Path
+    model: str
+    step: int | None
+    num_made: int
+    num_kept: int
+    """Pictures that were there already, with the same record."""
+    references: tuple[str, ...]
+    contact_sheet: Path
+    seconds: float
+
+    def __rich__(self) -> Table:
+        """Lay the result out for a terminal."""
+        rate = f", {self.seconds / self.num_made:.2f} s each" if self.num_made else ""
+        return facts(
+            f"Samples in {self.out}",
+            {
+                "model": self.model if self.step is None else f"{self.model}, step {self.step}",
+                "pictures": f"{self.num_made} made{rate}; {self.num_kept} were there",
+                "like": ", ".join(self.references) or "nothing (unconditional)",
+                "contact sheet": self.contact_sheet,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A picture to imitate, as the model's encoder sees it."""
+
+    name: str
+    sha256: str
+    pixels: np.ndarray
+    resolution: str
+    embedding_grid: Tensor
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One picture of the plan."""
+
+    index: int
+    path: Path
+    reference: _Reference | None
+    record: Mapping[str, Any]
+
+
+def sample(
+    model: Path | str,
+    out: Path,
+    *,
+    like: Sequence[Path] = (),
+    unconditional: bool = False,
+    count: int = 16,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 8,
+    scheduler: str | None = None,
+    device: str = "auto",
+    precision: Precision | Literal["auto"] = "auto",
+    source_mpp: float | None = None,
+    encoder: str | None = None,
+    encoder_weights: Path | None = None,
+    download: bool = False,
+    overwrite: bool = False,
+) -> SampleResult:
+    """Generate pictures.
+
+    Args:
+        model: A run (its last checkpoint), a checkpoint, or a pipeline folder.
+        out: Where pictures go. Pictures of the same recipe that are there already are kept.
+        like: Pictures, or folders of them, whose tissue to imitate: the centre of each is encoded.
+        unconditional: Imitate nothing.
+        count: Number of pictures in all; references take turns.
+        seed: Same seed, same pictures.
+        steps: Of the sampler. None: 20.
+        guidance_scale: s in u + s (c - u); 1 is none. None: 2.0, or 1.2 for models of 4 x 4 fields and more.
+        batch_size: Pictures that are worked on together; they do not depend on it.
+        scheduler: One of :data:`~pixcell.diffusion.sampling.SCHEDULERS`. None: the model's own.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        precision: Of the denoiser. "auto": bf16 on CUDA, else fp32.
+        source_mpp: Microns per pixel of the references, where they do not state it.
+        encoder: Where the model's encoder is, if not under the name it was trained with.
+        encoder_weights: Weight file of the encoder.
+        download: Whether encoder weights may be downloaded.
+        overwrite: Replace generated pictures of another recipe in ``out``.
+
+    Raises:
+        RecipeError: If numbers make no sense, or neither or both of ``like`` and ``unconditional`` are given.
+        RunError: If there is no checkpoint; MissingWeights, WrongWeights, ModelError: if it cannot be used.
+        UnreadableSlide: If a reference is no image; SlideError: if it is smaller than the model's pictures.
+        OutputError: If ``out`` holds pictures of another recipe, or cannot be written.
+    """
+    started = time.monotonic()
+    _check_arguments(like, unconditional, count, seed, guidance_scale, batch_size)
+    out = Path(out)
+    folder, name, step = _find_model(Path(model))
+    pipeline = PixCellPipeline.from_pretrained(folder)
+    if scheduler is not None:
+        pipeline.scheduler = make_scheduler(scheduler)
+    steps = _STEPS if steps is None else steps
+    check_steps(steps, pipeline.scheduler)
+    chosen_device = choose_device(device)
+    if precision == "auto":
+        precision = "bf16" if chosen_device.type == "cuda" else "fp32"
+    dtype = dtype_of(precision)
+    model_sha256 = weights_sha256(pipeline.transformer)
+    codec_sha256 = pipeline.codec.sha256
+
+    references: list[_Reference] = []
+    own_encoder: dict[str, Any] | None = None
+    if not unconditional:
+        loaded = _load_encoder(pipeline, encoder, encoder_weights, download, chosen_device)
+        own_encoder = {"name": loaded.name, "sha256": loaded.sha256}
+        references = [_read_reference(path, pipeline, loaded, source_mpp) for path in _expanded(like)]
+    if guidance_scale is None:
+        guidance_scale = 1.2 if pipeline.transformer.grid_size >= 4 else 2.0
+    fixed_batch = _fixed_batch(pipeline, chosen_device)
+    recipe = {
+        "model": name,
+        "model_sha256": model_sha256,
+        "step": step,
+        "codec_sha256": codec_sha256,
+        "encoder": own_encoder,
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": None if unconditional else float(guidance_scale),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "size": pipeline.sample_size,
+        "mpp": pipeline.facts.get("mpp"),
+        "device": chosen_device.type,
+        "precision": precision,
+        "fixed_batch": fixed_batch,
+        "versions": environment(),
+    }
+    plan = _plan(out, count, references, recipe)
+    kept = _settle(out, plan, recipe, overwrite)
+
+    # diffusers' own ``to`` warns at every cast, even where no module asks to stay in float32.
+    nn.Module.to(pipeline.transformer, device=chosen_device, dtype=dtype)
+    nn.Module.to(pipeline.vae, device=chosen_device)
+    pipeline.set_progress_bar_config(disable=True)
+    with progress("sampling", len(plan)) as advance:
+        advance(len(kept))
+        for batch in _batches(plan, kept, fixed_batch, batch_size):
+            pictures = _sampled(pipeline, batch, seed, steps, float(guidance_scale), fixed_batch)
+            for picture, pixels in zip(batch, pictures, strict=True):
+                if picture.index not in kept:
+                    save_synthetic_png(picture.path, pixels, picture.record)
+                    advance(1)
+    sheet = _write_sheet(out, plan, references, recipe)
+    write_json(
+        out / "samples.json",
+        {
+            "recipe": recipe,
+            "pictures": [
+                {"file": each.path.name, **{key: each.record[key] for key in sorted(_OF_ONE_PICTURE)}}
+                for each in plan
+            ],
+        },
+    )
+    return SampleResult(
+        out=out,
+        model=name,
+        step=step,
+        num_made=len(plan) - len(kept),
+        num_kept=len(kept),
+        references=tuple(reference.name for reference in references),
+        contact_sheet=sheet,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_arguments(
+    like: Sequence[Path],
+    unconditional: bool,
+    count: int,
+    seed: int,
+    guidance_scale: float | None,
+    batch_size: int,
+) -> None:
+    if not like and not unconditional:
+        raise RecipeError(
+            "there is nothing to imitate. Give a picture with --like, "
+            "or ask for any tissue with --unconditional."
+        )
+    if like and unconditional:
+        raise RecipeError("--like and --unconditional contradict each other; leave one of them out.")
+    for what, value, least in (("--count", count, 1), ("--batch-size", batch_size, 1), ("--seed", seed, 0)):
+        if value < least:
+            raise RecipeError(f"{what} {value} must be at least {least}.")
+    if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise RecipeError(f"--guidance {guidance_scale} must be 0 or more (1 is no guidance, 2 is usual).")
+
+
+def _find_model(place: Path) -> tuple[Path, str, int | None]:
+    """Return the pipeline folder, what the model is called, and its step if it is known."""
+    if (place / "model_index.json").is_file():
+        if place.name != "pipeline" or not (place.parent / "checkpoint.json").is_file():
+            return place, place.resolve().name, None
+        place = place.parent
+    checkpoint = Checkpoint.find(place)
+    resolved = checkpoint.path.resolve()
+    run = resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
+    return checkpoint.pipeline, run.name, checkpoint.step
+
+
+def _load_encoder(
+    pipeline: PixCellPipeline, given: str | None, weights: Path | None, download: bool, device: torch.device
+) -> Encoder:
+    known = pipeline.facts.get("encoder", {})
+    name = given or known.get("name")
+    if name is None:
+        raise ModelError(
+            "the model does not say which encoder it was trained with (it has no pixcell.json). "
+            "Name it, for example --set encoder=uni2-h, or sample with --unconditional."
+        )
+    loaded = load_encoder(name, weights=weights, download=download, device=device)
+    if known.get("sha256") not in (None, loaded.sha256):
+        raise ModelError(
+            f"encoder {loaded.name} ({loaded.sha256[:12]}) is not the one the model was trained with: "
+            f"{known['name']} ({known['sha256'][:12]}). Its embeddings would mean nothing to the model."
+        )
+    width = pipeline.transformer.config.caption_channels
+    if loaded.dim != width:
+        raise ModelError(
+            f"encoder {loaded.name} makes embeddings {loaded.dim} wide, the model takes {width}. "
+            "Use the encoder that the model was trained with."
+        )
+    return loaded
+
+
+def _expanded(like: Sequence[Path]) -> list[Path]:
+    files = []
+    for path in map(Path, like):
+        found = find_slides(path) if path.is_dir() else [path]
+        if not found:
+            raise SlideError(f"there is no picture in {path}. Give pictures, or a folder that holds some.")
+        files += found
+    return files
+
+
+def _read_reference(
+    path: Path, pipeline: PixCellPipeline, encoder: Encoder, source_mpp: float | None
+) -> _Reference:
+    pixels, resolution = _centre(path, pipeline.sample_size, pipeline.facts.get("mpp"), source_mpp)
+    tile = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    grid = encoder.grid(tile, pipeline.sample_size // pipeline.transformer.grid_size).cpu()
+    Conditioning(grid).check_finite()
+    digest = sha256_of(path) if path.is_file() else hash_of(pixels)
+    return _Reference(path.name, digest, pixels, resolution, grid[0])
+
+
+def _centre(path: Path, size: int, mpp: float | None, source_mpp: float | None) -> tuple[np.ndarray, str]:
+    """Return the middle of a picture at the model's resolution, and what that resolution was read from.
+
+    A plain image that does not state its resolution is taken pixel for pixel: it is a picture of the size
+    that the model makes, or is cut to it. A slide must state it. (size, size, 3) uint8.
+    """
+    with Slide.open(path, source_mpp) as slide:
+        if slide.resolution is None and slide.backend != "image":
+            raise UnknownResolution(path)
+        if slide.resolution is None or mpp is None:
+            scale, told = 1.0, "not stated: taken pixel for pixel"
+        else:
+            scale, told = scale_between(slide.mpp, mpp), f"{slide.mpp:.4g} mpp, {slide.resolution.source}"
+        side = round(size * scale)
+        if min(slide.width, slide.height) < side:
+            at = "" if mpp is None else f" at {mpp:.4g} microns per pixel"
+            raise SlideError(
+                f"{path.name} is {slide.width} x {slide.height} pixels ({told}); the model makes pictures of "
+                f"{size} x {size}{at}, for which it must have {side} x {side}. Give a larger piece of tissue."
+            )
+        box = Box((slide.width - side) // 2, (slide.height - side) // 2, side, side)
+        return slide.read(box, size=(size, size)), told
+
+
+def _fixed_batch(pipeline: PixCellPipeline, device: torch.device) -> int:
+    """Return how many pictures the network sees at once: never a matter of ``batch_size``.
+
+    On a CPU one: cores work on different pictures. On an accelerator enough for about 4096 image tokens.
+    """
+    if device.type == "cpu":
+        return 1
+    config = pipeline.transformer.config
+    return max(1, 4096 // (config.sample_size // config.patch_size) ** 2)
+
+
+def _plan(
+    out: Path, count: int, references: Sequence[_Reference], recipe: Mapping[str, Any]
+) -> list[_Picture]:
+    plan = []
+    for index in range(count):
+        reference = references[index % len(references)] if references else None
+        stem = Path(reference.name).stem if reference else "unconditional"
+        record = {
+            **recipe,
+            "index": index,
+            "like": reference.name if reference else None,
+            "like_sha256": reference.sha256 if reference else None,
+            "like_resolution": reference.resolution if reference else None,
+            "embedding_hash": hash_of(reference.embedding_grid.numpy()) if reference else None,
+        }
+        plan.append(_Picture(index, out / f"{index:05d}_{stem}.png", reference, record))
+    return plan
+
+
+def _settle(out: Path, plan: Sequence[_Picture], recipe: Mapping[str, Any], overwrite: bool) -> set[int]:
+    """Look at what is in the folder; return the indices of pictures that are there already.
+
+    Raises:
+        OutputError: If generated pictures of another recipe are there, and may not be replaced.
+    """
+    planned = {picture.path.name: picture for picture in plan}
+    kept, foreign = set(), []
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        present = sorted(path for path in out.iterdir() if _NAME.fullmatch(path.name))
+    for path in present:
+        record = read_provenance(path)
+        picture = planned.get(path.name)
+        differing = _differing(record, picture.record if picture else recipe, whole=picture is not None)
+        if differing:
+            foreign.append((path, record, differing))
+        elif picture is not None:
+            kept.add(picture.index)
+    if foreign and not overwrite:
+        path, _, differing = foreign[0]
+        raise OutputError(
+            f"{out} holds {len(foreign)} picture(s) of another recipe: {path.name} differs in {differing}. "
+            "Choose another --out, or replace them with --overwrite."
+        )
+    for path, record, _ in foreign:
+        if record is None:
+            raise OutputError(
+                f"{path} was not generated by pixcell and will not be replaced; choose another --out."
+            )
+        with writing_to(path):
+            path.unlink()
+    return kept
+
+
+def _differing(record: Mapping[str, Any] | None, wanted: Mapping[str, Any], whole: bool) -> str:
+    """Name the first entry in which a picture's record is not the wanted one; empty: none."""
+    if record is None:
+        return "everything (it has no record)"
+    ignored = _NOT_COMPARED if whole else _NOT_COMPARED | _OF_ONE_PICTURE
+    for key in sorted((set(record) | set(wanted)) - ignored):
+        if record.get(key) != wanted.get(key):
+            return f"{key} ({record.get(key)!r} instead of {wanted.get(key)!r})"
+    return ""
+
+
+def _batches(
+    plan: Sequence[_Picture], kept: set[int], fixed_batch: int, batch_size: int
+) -> Iterator[list[_Picture]]:
+    """Yield what to work on together.
+
+    Picture *i* is always row ``i % fixed_batch`` of what the network sees, whatever is there already: so a
+    group with one missing picture is computed whole.
+    """
+    groups = [plan[start : start + fixed_batch] for start in range(0, len(plan), fixed_batch)]
+    wanted = [group for group in groups if any(picture.index not in kept for picture in group)]
+    at_once = max(1, batch_size // fixed_batch)
+    for start in range(0, len(wanted), at_once):
+        yield [picture for group in wanted[start : start + at_once] for picture in group]
+
+
+def _sampled(
+    pipeline: PixCellPipeline,
+    batch: Sequence[_Picture],
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    fixed_batch: int,
+) -> list[np.ndarray]:
+    grids = [picture.reference.embedding_grid for picture in batch if picture.reference is not None]
+    (images,) = pipeline(
+        torch.stack(grids) if grids else None,
+        num_images_per_embedding=1 if grids else len(batch),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=[generator_for(seed, picture.index) for picture in batch],
+        fixed_batch=fixed_batch,
+        return_dict=False,
+    )
+    return [np.asarray(image) for image in images]
+
+
+def _write_sheet(
+    out: Path, plan: Sequence[_Picture], references: Sequence[_Reference], recipe: Mapping[str, Any]
+) -> Path:
+    """Draw the first pictures beside their references, from the files as they are."""
+    shown = plan[:_SHEET_PICTURES]
+    rows = []
+    everyone: Sequence[_Reference | None] = references or [None]
+    for reference in everyone:
+        pictures = [picture for picture in shown if picture.reference is reference]
+        if pictures:
+            rows.append(
+                SheetRow(
+                    name=reference.name if reference else "unconditional",
+                    reference=reference.pixels if reference else None,
+                    pictures=[_pixels(picture.path) for picture in pictures],
+                    labels=[f"{picture.index:05d}" for picture in pictures],
+                )
+            )
+    more = f", the first {len(shown)} of {len(plan)}" if len(shown) < len(plan) else ""
+    step = "" if recipe["step"] is None else f" step {recipe['step']}"
+    guidance = (
+        "unconditional" if recipe["guidance_scale"] is None else f"guidance {recipe['guidance_scale']:g}"
+    )
+    how = f"seed {recipe['seed']}, {recipe['steps']} steps, {guidance}"
+    title = f"Synthetic tissue{more}: {recipe['model']}{step}, {how}"
+    path = out / "contact_sheet.png"
+    sheet = draw_contact_sheet(title, rows)
+    save_synthetic_png(path, np.asarray(sheet), {"contact_sheet": True, **recipe})
+    return path
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
