@@ -262,7 +262,7 @@ def test_a_folder_of_something_else_says_so(folder, tmp_path):
     with pytest.raises(ModelError, match="UNet2DModel"):
         LatentCodec.from_pretrained(folder)
     shutil.rmtree(folder)
-    with pytest.raises(MissingWeights, match="neither config.json nor vae/config.json"):
+    with pytest.raises(MissingWeights, match=r"neither config\.json nor vae/config\.json"):
         LatentCodec.from_pretrained(tmp_path)
 
 
@@ -284,7 +284,7 @@ def test_the_error_for_an_absent_codec_shows_the_ways_out(monkeypatch, tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights, match=r"--download.*sdxl"):
         LatentCodec.from_pretrained("sd3.5")
-    with pytest.raises(MissingWeights, match="sd3.5, sd3, sdxl, sd1"):
+    with pytest.raises(MissingWeights, match=r"sd3\.5, sd3, sdxl, sd1"):
         LatentCodec.from_pretrained("no-such-thing")
 
 
@@ -315,7 +315,7 @@ def test_stored_latents_become_what_the_published_training_sees():
     mean, std = tensors["in.stored"].chunk(2)
     drawn = mean + std * tensors["in.noise"]
     assert torch.equal(drawn, tensors["out.item"])
-    # Half precision throughout, as there; shift and scale are rounded to half first: 2 units in the last place.
+    # Half precision throughout, as there; shift and scale are rounded to half: 2 units in the last place.
     torch.testing.assert_close(codec.normalise(drawn[None])[0], tensors["out.clean"], rtol=2e-3, atol=1e-3)
 
 

@@ -86,7 +86,7 @@ class Encoder:
         Raises:
             ModelError: If the module returns another number of values than the spec says.
         """
-        tokens = self.module(self.preprocess(images.to(self.device)).to(self.dtype))
+        tokens = self.module(self.preprocess(images).to(self.dtype))
         embeddings = _pool(tokens, self.spec).float()
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
             raise ModelError(
@@ -100,7 +100,8 @@ class Encoder:
     ) -> Float[Tensor, "batch 3 h w"]:
         """Resample, cut the centre, scale to [0, 1], normalise: what the module sees, float32.
 
-        8-bit pictures are resampled in 8 bits, as PIL does and as the encoders were trained.
+        8-bit pictures are resampled in 8 bits, as PIL does and as the encoders were trained: where they are,
+        since on the CPU this equals PIL bit for bit and elsewhere it does not.
         """
         spec = self.spec
         if spec.resize is not None:
@@ -114,7 +115,7 @@ class Encoder:
             if tuple(images.shape[-2:]) != (spec.input_size, spec.input_size):
                 images = tvf.center_crop(images, [spec.input_size, spec.input_size])
         # Bicubic resampling of floats overshoots; 8 bits clip by themselves.
-        unit = to_unit(images).clamp(0, 1)
+        unit = to_unit(images.to(self.device)).clamp(0, 1)
         mean, std = (torch.tensor(v, device=unit.device).view(3, 1, 1) for v in (spec.mean, spec.std))
         return (unit - mean) / std
 

@@ -303,7 +303,7 @@ class _Run:
             raise CorruptShard(f"{path} is damaged ({problem}). Delete it and tile the slide again.")
         with (
             self.store.images(slide_id) as shard,
-            ThreadPoolExecutor(self.num_threads) as threads,
+            ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as threads,
             _Ahead(self._encoded(target, shard, threads)) as batches,
         ):
 
