@@ -59,7 +59,7 @@ class TissueConfig(Config):
     ``blue`` for Alcian blue, ``black`` for silver)."""
     pen_width_um: float = Field(40.0, gt=0)
     """Narrower ink is not a pen stroke. Pens draw 0.3 to 2 mm, fine liners 0.05; a nucleus is 0.01."""
-    wide_pen_width_um: float = Field(100.0, gt=0)
+    wide_pen_width_um: float = Field(80.0, gt=0)
     """The same for red and black, which are also the colours of blood, bone, pigment and inked margins."""
     pen_reach_um: float = Field(300.0, ge=0)
     """How far the faint rim of a stroke is followed from its core."""
@@ -212,12 +212,15 @@ def _is_ink(ink: Ink, red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> t
     if ink == "blue":  # haematoxylin absorbs blue light at least half as well as green
         return (
             ((red > 0.6) & (red > 1.05 * green) & (blue < 0.55 * green))
-            | ((red > 1.4) & (red > 1.3 * green)),
+            | ((red > 1.4) & (red > 1.3 * green) & (blue < 0.9 * green))
+            | ((red > 1.6) & (red > 0.88 * green) & (blue < 0.6 * green)),
             (red > 0.25) & (red > 0.85 * green) & (blue < 0.65 * green),
         )
-    if ink == "red":  # eosin in bone and blood have these ratios, but are paler
+    if ink == "red":  # eosin in bone and blood have these ratios, but are paler or let less red through
         return (
-            (green > 1.45) & (red < 0.6 * green) & (blue > 0.72 * green) & (blue < 0.92 * green),
+            (((green > 1.2) & (red < 0.12 * green)) | ((green > 1.6) & (red < 0.6 * green)))
+            & (blue > 0.7 * green)
+            & (blue < 0.92 * green),
             (green > 0.15) & (red < 0.6 * green) & (blue > 0.7 * green) & (blue < 0.95 * green),
         )
     darkest, brightest = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)

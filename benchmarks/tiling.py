@@ -1,0 +1,167 @@
+"""Tiling with both cores, against the loop that everybody writes first.
+
+    python benchmarks/tiling.py --real ../shared/data/wsi --repeats 5
+
+Baselines read the very tiles that `tile_slides` keeps (their list is given to them for free: no thumbnail,
+mask, sharpness, checksums or overlays) with OpenSlide's `read_region`, resample with PIL where needed, and
+save JPEGs of the same quality and subsampling with PIL:
+
+    (a) in one process      (b) the tiles halved between two processes
+
+Repetitions are interleaved, so that a machine whose speed drifts treats all alike; medians are reported.
+"""
+
+import argparse
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openslide
+import tifffile
+from PIL import Image
+
+from pixcell.config import load_recipe
+from pixcell.data.drawn import draw_slide
+from pixcell.data.slides import Slide, find_slides
+from pixcell.data.store import TileStore
+from pixcell.data.tiling import TilingConfig, TilingRecipe
+from pixcell.geometry import scale_between
+from pixcell.tasks.tile import tile_slides
+
+Place = tuple[Path, int, int, int, Path]  # slide, x, y, level-0 side, output file
+
+
+def save_tiles(job: tuple[list[Place], TilingConfig]) -> int:
+    places, config = job
+    subsampling = {"444": 0, "422": 1, "420": 2}[config.jpeg_subsampling]
+    handles: dict[Path, openslide.OpenSlide] = {}
+    for path, x, y, side, target in places:
+        if path not in handles:
+            handles[path] = openslide.OpenSlide(path)
+        slide = handles[path]
+        level = slide.get_best_level_for_downsample(side / config.tile_size)
+        width = round(side / slide.level_downsamples[level])
+        image = slide.read_region((x, y), level, (width, width)).convert("RGB")
+        if width != config.tile_size:
+            image = image.resize((config.tile_size, config.tile_size), Image.Resampling.BICUBIC)
+        image.save(target, quality=config.jpeg_quality, subsampling=subsampling)
+    return len(places)
+
+
+def one_process(places: list[Place], config: TilingConfig) -> None:
+    save_tiles((places, config))
+
+
+def two_processes(places: list[Place], config: TilingConfig) -> None:
+    half = len(places) // 2
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(save_tiles, [(places[:half], config), (places[half:], config)])
+
+
+def enlarged(path: Path, target: Path, times: int) -> None:
+    """Write a slide that repeats a real one, so that a small region becomes a day's work."""
+    with Slide.open(path) as slide:
+        pixels, mpp = np.tile(slide.read(slide.bounds), (times, times, 1)), slide.mpp
+    resolution = (1e4 / mpp, 1e4 / mpp)
+    with tifffile.TiffWriter(target, bigtiff=True) as file:
+        while True:
+            file.write(
+                pixels, tile=(256, 256), photometric="rgb", compression="jpeg",
+                compressionargs={"level": 80}, resolution=resolution, resolutionunit="CENTIMETER",
+                subfiletype=0 if min(pixels.shape[:2]) > 4096 else 1, metadata=None,
+            )  # fmt: skip
+            if max(pixels.shape[:2]) <= 2048:
+                break
+            height, width = (side // 2 * 2 for side in pixels.shape[:2])
+            pixels = (
+                pixels[:height, :width]
+                .reshape(height // 2, 2, width // 2, 2, 3)
+                .mean((1, 3))
+                .astype(np.uint8)
+            )
+            resolution = (resolution[0] / 2, resolution[1] / 2)
+
+
+def places_of(store: Path, slides: list[Path], config: TilingConfig, out: Path) -> list[Place]:
+    places: list[Place] = []
+    tiles = TileStore.open(store)
+    for path in slides:
+        with Slide.open(path) as slide, tiles.images(path.stem) as shard:
+            side = round(config.tile_size * scale_between(slide.mpp, config.mpp))
+            places += [
+                (path, tile["x"], tile["y"], side, out / f"{path.stem}_{tile['x']}_{tile['y']}.jpg")
+                for tile in shard.tiles
+            ]
+    return places
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(name: str, folder: Path, recipe: TilingRecipe, repeats: int, scratch: Path) -> None:
+    slides, store, out = find_slides(folder), scratch / "store", scratch / "files"
+    tile_slides(folder, store, recipe, workers=2)
+    out.mkdir(exist_ok=True)
+    places = places_of(store, slides, recipe.tiling, out)
+    times: dict[str, list[float]] = {"pixcell": [], "one": [], "two": []}
+    for _ in range(repeats):
+        shutil.rmtree(store)
+        times["pixcell"].append(timed(lambda: tile_slides(folder, store, recipe, workers=2)))
+        times["one"].append(timed(lambda: one_process(places, recipe.tiling)))
+        times["two"].append(timed(lambda: two_processes(places, recipe.tiling)))
+    ours, one, two = (statistics.median(times[key]) for key in ("pixcell", "one", "two"))
+    print(
+        f"| {name} | {len(slides)} | {len(places)} x {recipe.tiling.tile_size} px | {ours:.2f} | {one:.2f} | "
+        f"{two:.2f} | {one / ours:.2f} | {two / ours:.2f} |",
+        flush=True,
+    )
+    shutil.rmtree(store)
+    shutil.rmtree(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--real", type=Path, help="folder of real slides with CMU-1-Small-Region.svs and others"
+    )
+    parser.add_argument("--side", type=int, default=6144, help="side of the drawn slides")
+    parser.add_argument("--copies", type=int, default=6, help="how often each slide is there")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    large, small = load_recipe(TilingRecipe, "tiles-20x"), load_recipe(TilingRecipe, "tiles-256")
+    print(
+        "| slides | files | tiles | pixcell (s) | (a) one process (s) | (b) two (s) | a / ours | b / ours |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        drawn, single, real = (scratch / kind for kind in ("drawn", "single", "real"))
+        for folder in (drawn, single, real):
+            folder.mkdir()
+        for seed, mpp in ((1, 0.5), (2, 0.25)):
+            draw_slide(drawn / f"{seed}.tiff", options.side, options.side, mpp, seed)
+        if options.real:
+            for source, times in (("CMU-1-Small-Region.svs", 4), ("brecahad_fields_montage_pyramid.tiff", 2)):
+                enlarged(options.real / source, real / f"{Path(source).stem}.tiff", times)
+            shutil.copy(real / "CMU-1-Small-Region.tiff", single)
+        for path in [*drawn.iterdir(), *real.iterdir()]:
+            for copy in range(1, options.copies):
+                shutil.copy(path, path.with_stem(f"{path.stem}-{copy}"))
+        if options.real:
+            compare("real pixels, repeated", real, large, options.repeats, scratch)
+            compare("real pixels, repeated", real, small, options.repeats, scratch)
+            compare("one slide of real pixels", single, small, options.repeats, scratch)
+        compare("drawn, 0.5 and 0.25 mpp", drawn, large, options.repeats, scratch)
+        compare("drawn, 0.5 and 0.25 mpp", drawn, small, options.repeats, scratch)
+
+
+if __name__ == "__main__":
+    main()
