@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import openslide
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from pixcell.data.colour import image_to_rgb8, lay_on_white
 from pixcell.data.resolution import Resolution, from_density, from_objective, from_openslide
@@ -131,8 +131,7 @@ class OpenSlideBackend:
         self.resolution, remark = from_openslide(self.properties)
         if remark:
             self.properties["pixcell.resolution-remark"] = remark
-        profile = self._slide.color_profile
-        self.icc = profile.tobytes() if profile is not None else None
+        self.icc = self._find_profile()
         self.pixels = "8-bit RGB, empty scanner areas white"
         self.bounds = self._stated_bounds()
 
@@ -169,6 +168,13 @@ class OpenSlideBackend:
         """Close the handle."""
         self._slide.close()
 
+    def _find_profile(self) -> bytes | None:
+        try:
+            profile = self._slide.color_profile
+        except ImageCms.PyCMSError:
+            return b"damaged"  # and as such it will be reported
+        return profile.tobytes() if profile is not None else None
+
     def _stated_bounds(self) -> Box | None:
         try:
             x, y, width, height = (
@@ -188,6 +194,7 @@ class DicomBackend:
     def __init__(self, path: Path, files: list[Path]) -> None:
         """Open a series; raises UnreadableSlide or MissingExtra."""
         try:
+            import pydicom
             import wsidicom
             from wsidicom import errors
         except ImportError as error:
@@ -196,34 +203,35 @@ class DicomBackend:
         try:
             self._slide: Any = wsidicom.WsiDicom.open(files)
             self._stored = list(self._slide.levels)
-        except (*self._failures, OSError, ValueError, KeyError, AttributeError) as error:
+        except self._failures as error:
             raise UnreadableSlide(path, f"DICOM: {error or type(error).__name__}") from error
         self._lock = threading.Lock()
         self.levels = tuple((level.size.width, level.size.height) for level in self._stored)
-        dataset = self._stored[0].datasets[0]
+        headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+        base = max(headers, key=lambda header: int(header.get("TotalPixelMatrixColumns", 0)))
         self.properties = {
-            f"dicom.{key}": str(dataset.get(key))
+            f"dicom.{key}": str(base.get(key))
             for key in (
                 "Manufacturer",
                 "ManufacturerModelName",
                 "SeriesInstanceUID",
                 "PhotometricInterpretation",
             )
-            if dataset.get(key)
+            if base.get(key)
         }
         self.bounds: Box | None = None
-        optics = dataset.get("OpticalPathSequence") or [None]
-        self.icc = bytes(optics[0].get("ICCProfile") or b"") or None if optics[0] is not None else None
-        self.resolution = self._find_resolution(optics[0])
+        optics = (base.get("OpticalPathSequence") or [pydicom.Dataset()])[0]
+        self.icc = bytes(optics.get("ICCProfile") or b"") or None
+        self.resolution = self._find_resolution(optics)
         self.pixels = (
-            f"8-bit, DICOM {dataset.get('PhotometricInterpretation', 'RGB')}; areas without frames white"
+            f"8-bit, DICOM {base.get('PhotometricInterpretation', 'RGB')}; areas without frames white"
         )
 
     def _find_resolution(self, optics: Any) -> Resolution | None:
         try:
             size = self._stored[0].mpp
         except self._failures:
-            return from_objective(optics.get("ObjectiveLensPower") if optics is not None else None, "DICOM")
+            return from_objective(optics.get("ObjectiveLensPower"), "DICOM ObjectiveLensPower")
         return Resolution.of(float(size.width), float(size.height), "DICOM PixelSpacing")
 
     def region(self, level: int, box: Box) -> np.ndarray:
@@ -241,9 +249,9 @@ class DicomBackend:
 
 def _exceptions_in(module: Any) -> tuple[type[Exception], ...]:
     """wsidicom's errors have no common base."""
-    return tuple(
-        value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Exception)
-    )
+    own = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, Exception)]
+    # What it and pydicom let through on damaged files.
+    return (*own, OSError, ValueError, KeyError, AttributeError, NotImplementedError)
 
 
 class ImageBackend:

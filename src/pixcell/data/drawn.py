@@ -9,16 +9,15 @@ The picture is made in strips and depends on the size, the resolution and the se
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image, ImageDraw
-from scipy import ndimage
-from scipy.spatial import cKDTree
 
+from pixcell.data.stencils import NUM_DIRECTIONS, TEXTURE_SIZE, Stamp, stencils
 from pixcell.files import write_whole
 from pixcell.geometry import Box
 
@@ -30,10 +29,8 @@ _EOSIN = np.array([0.12, 0.86, 0.49], np.float32)
 _GLASS = np.array([243, 242, 244], np.float32)
 _PENS = {"blue": (40, 70, 190), "green": (30, 150, 90), "red": (205, 40, 60), "black": (35, 32, 38)}
 _STRIP = 512
-_TEXTURE = 1024
 _MAP_UM = 8.0
 """Side of a pixel of the maps that say what grows where."""
-_NUM_DIRECTIONS = 6
 
 
 @dataclass(frozen=True)
@@ -204,14 +201,6 @@ def _paint_squares(strip: np.ndarray, top: int, squares: Sequence[Square]) -> No
             strip[seen.y - top : seen.bottom - top, seen.x : seen.right] = square.colour
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    """A nucleus as a stencil: how far it covers, and its haematoxylin."""
-
-    cover: np.ndarray
-    stain: np.ndarray
-
-
 class _Painter:
     """Knows where everything is; paints any strip of it."""
 
@@ -234,12 +223,13 @@ class _Painter:
         self.map_width = math.ceil(width / self.map_scale) + 2
         self._choose_stain()
         self._plan_regions(tissue, full)
-        self._make_textures()
-        self._stamps = {kind: self._make_stamps(kind) for kind in _NUCLEI}
+        self.stencils = stencils(mpp)
+        self.offsets = self.random.integers(0, TEXTURE_SIZE, (16, 2))
+        self._mix_directions()
         self._glands = self._plan_glands() if tissue else []
         self._cells = self._plan_cells() if tissue else []
         self.num_nuclei = len(self._cells)
-        self._by_row: dict[int, list[tuple[int, int, _Stamp]]] = {}
+        self._by_row: dict[int, list[tuple[int, int, Stamp]]] = {}
         for x, y, stamp in self._cells:
             self._by_row.setdefault(y // _STRIP, []).append((x, y, stamp))
         self._pen_layers = [self._draw_pen(name) for name in pens]
@@ -295,60 +285,19 @@ class _Painter:
         self.presence = np.clip(outline * 0.5 + 0.5, 0, 1).astype(np.float32)
         self.epithelium = _ramp(self._map_noise(700.0) + 0.1, 0.0, 0.35)
         self.is_glandular = self._map_noise(1100.0, 1) > -0.3
-        self.fat = _ramp(self._map_noise(650.0, 2) - 1.05, 0.0, 0.3) * (1 - self.epithelium)
+        self.fat = _ramp(self._map_noise(650.0, 2) - 1.5, 0.0, 0.3) * (1 - self.epithelium)
         self.inflamed = _ramp(self._map_noise(260.0, 2) - 0.9, 0.0, 0.9) * (1 - self.fat)
         self.clefts = self._map_noise(140.0, 3)
         self.density = 1.0 + 0.16 * self._map_noise(240.0)
         angle = self._map_noise(520.0, 2) * 1.1 + self.random.uniform(0, math.pi)
         self.angle = np.mod(angle, math.pi)
 
-    def _make_textures(self) -> None:
-        """Periodic textures; each is used at an offset of its own, so that repeats do not line up."""
-        self.bend = self._texture(_softer_than(60.0)) * np.float32(3.4 / self.mpp)
-        self.fibres = [self._fibre_texture(math.pi * k / _NUM_DIRECTIONS) for k in range(_NUM_DIRECTIONS)]
-        self.grain = self._texture(_softer_than(1.1))
-        self.clumps = self._texture(_softer_than(9.0))
-        self.speckle = self.random.standard_normal((_TEXTURE, _TEXTURE)).astype(np.float32)
-        directions = np.arange(_NUM_DIRECTIONS)[:, None, None] * math.pi / _NUM_DIRECTIONS
+    def _mix_directions(self) -> None:
+        """Say how much of each fibre texture there is at every place."""
+        directions = np.arange(NUM_DIRECTIONS)[:, None, None] * math.pi / NUM_DIRECTIONS
         bins = np.mod(self.angle[None] - directions, math.pi)
-        away = np.minimum(bins, math.pi - bins) / (math.pi / _NUM_DIRECTIONS)
+        away = np.minimum(bins, math.pi - bins) / (math.pi / NUM_DIRECTIONS)
         self.direction_weights = np.clip(1 - away, 0, 1).astype(np.float32)
-        self.adipocytes = self._fat_texture()
-
-    def _texture(self, response: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Return periodic noise; ``response`` weighs frequencies along x and y, in cycles per micron."""
-        white = self.random.standard_normal((_TEXTURE, _TEXTURE)).astype(np.float32)
-        fy = np.fft.fftfreq(_TEXTURE)[:, None].astype(np.float32) / np.float32(self.mpp)
-        fx = np.fft.rfftfreq(_TEXTURE)[None].astype(np.float32) / np.float32(self.mpp)
-        shaped = np.fft.irfft2(np.fft.rfft2(white) * response(fx, fy), s=white.shape).astype(np.float32)
-        return (shaped - shaped.mean()) / (shaped.std() + 1e-6)
-
-    def _fibre_texture(self, angle: float) -> np.ndarray:
-        def response(fx: np.ndarray, fy: np.ndarray) -> np.ndarray:
-            along = fx * math.cos(angle) + fy * math.sin(angle)
-            across = fy * math.cos(angle) - fx * math.sin(angle)
-            thickness = np.exp(-((across * 2.0) ** 2)) * (np.abs(across) * 9.0) ** 0.6
-            return np.exp(-((along * 22.0) ** 2)) * thickness
-
-        straight = self._texture(response)
-        # Collagen is wavy: bend the texture across its fibres, by waves that are periodic too.
-        y, x = np.mgrid[0:_TEXTURE, 0:_TEXTURE].astype(np.float32)
-        source = (y + self.bend * math.cos(angle), x - self.bend * math.sin(angle))
-        return ndimage.map_coordinates(straight, source, order=1, mode="grid-wrap").astype(np.float32)
-
-    def _fat_texture(self) -> np.ndarray:
-        """Walls of fat cells: 1 on a membrane, 0 inside, periodic."""
-        spacing = 55.0 / self.mpp
-        per_side = max(2, round(_TEXTURE / spacing))
-        step = _TEXTURE / per_side
-        grid = np.stack(np.meshgrid(np.arange(per_side), np.arange(per_side)), -1).reshape(-1, 2)
-        points = (grid + self.random.uniform(0.12, 0.88, grid.shape)) * step
-        y, x = np.mgrid[0:_TEXTURE:2, 0:_TEXTURE:2]
-        tree = cKDTree(np.mod(points, _TEXTURE), boxsize=_TEXTURE)
-        near, _ = tree.query(np.stack([x.ravel(), y.ravel()], -1), k=2)
-        gap = ((near[:, 1] - near[:, 0]) / 2 * self.mpp).reshape(y.shape).astype(np.float32)
-        walls = np.exp(-((gap / 1.3) ** 2))
-        return np.asarray(Image.fromarray(walls).resize((_TEXTURE, _TEXTURE), Image.Resampling.BILINEAR))
 
     def _at(self, layer: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Look a map up at level-0 positions."""
@@ -391,14 +340,14 @@ class _Painter:
             )
         return glands
 
-    def _plan_cells(self) -> list[tuple[int, int, _Stamp]]:
+    def _plan_cells(self) -> list[tuple[int, int, Stamp]]:
         self.in_gland = np.zeros((self.map_height, self.map_width), np.float32)
         for gland in self._glands:
             gland.mark(self.in_gland, self.map_scale)
-        cells: list[tuple[int, int, _Stamp]] = []
+        cells: list[tuple[int, int, Stamp]] = []
 
         def add(kind: str, x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> None:
-            stamps = self._stamps[kind]
+            stamps = self.stencils.nuclei[kind]
             num_turns = len(stamps)
             turns = np.rint(np.mod(angle, math.pi) / math.pi * num_turns).astype(int) % num_turns
             variants = self.random.integers(0, len(stamps[0]), len(x))
@@ -414,58 +363,19 @@ class _Painter:
         nests = self.epithelium * ~self.is_glandular
         free = 1 - self.in_gland
         x, y = self._scattered(17.0)
-        stroma = (1 - nests) * free * (1 - 0.9 * self.fat)
+        stroma = (1 - nests) * free * (1 - self.fat)
         x, y = keep(x, y, self._at(stroma, x, y) * 0.55)
         add("spindle", x, y, self._at(self.angle, x, y) + self.random.normal(0, 0.22, len(x)))
         x, y = self._scattered(10.4)
         x, y = keep(x, y, self._at(nests * free, x, y) * 0.93)
         add("epithelial", x, y, self.random.uniform(0, math.pi, len(x)))
         x, y = self._scattered(7.4)
-        amount = (0.85 * self.inflamed * (1 - nests * 0.8) + 0.012) * free * (1 - 0.9 * self.fat)
+        amount = (0.85 * self.inflamed * (1 - nests * 0.8) + 0.012) * free * (1 - self.fat)
         x, y = keep(x, y, self._at(amount, x, y))
         add("lymphocyte", x, y, self.random.uniform(0, math.pi, len(x)))
         for gland in self._glands:
             add("columnar", *gland.nuclei(self.random, self.mpp))
         return [(x, y, stamp) for x, y, stamp in cells if 0 <= x < self.width and 0 <= y < self.height]
-
-    def _make_stamps(self, kind: str) -> list[list[_Stamp]]:
-        """Stencils of one kind: by direction, then by variant."""
-        shape = _NUCLEI[kind]
-        turns = shape.num_turns
-        stamps: list[list[_Stamp]] = [[] for _ in range(turns)]
-        reach = math.ceil(shape.length_um * 0.85 / self.mpp) + 2
-        y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32) * self.mpp
-        for _ in range(shape.num_variants):
-            size = self.random.normal(1, shape.spread)
-            size = float(np.clip(size, 0.65, 1.6))
-            half_length, half_width = shape.length_um / 2 * size, shape.width_um / 2 * size
-            wobble, phase = self.random.normal(0, 0.05, 3), self.random.uniform(0, 6.28, 3)
-            dark = shape.stain * float(np.clip(self.random.normal(1, 0.13), 0.7, 1.35))
-            spots = self.random.uniform(-0.45, 0.45, (shape.num_nucleoli, 2))
-            chromatin = ndimage.gaussian_filter(
-                self.random.standard_normal(x.shape).astype(np.float32), 0.55 / self.mpp, mode="wrap"
-            )
-            chromatin /= chromatin.std() + 1e-6
-            for turn in range(turns):
-                angle = math.pi * turn / turns
-                along = x * math.cos(angle) + y * math.sin(angle)
-                across = y * math.cos(angle) - x * math.sin(angle)
-                if shape.bend:
-                    across = across + shape.bend * (along / half_length) ** 2 * (1 if phase[0] > 3.14 else -1)
-                polar = np.arctan2(across / half_width, along / half_length)
-                outline = 1 + sum(wobble[k] * np.cos((k + 2) * polar + phase[k]) for k in range(len(wobble)))
-                ratio = np.hypot(along / half_length, across / half_width) / outline
-                edge = (1 - ratio) * half_width
-                cover = np.clip(edge / 0.7 + 0.5, 0, 1).astype(np.float32)
-                stain = dark * (1 - shape.vesicular * np.clip(edge / 1.6, 0, 1))
-                stain = stain + dark * shape.chromatin * chromatin
-                for spot in spots:
-                    from_spot = (
-                        np.hypot(along / half_length - spot[0], across / half_width - spot[1]) * half_width
-                    )
-                    stain = stain + dark * 0.75 * np.exp(-((from_spot / 0.75) ** 2))
-                stamps[turn].append(_Stamp(cover, np.maximum(stain, 0.2).astype(np.float32)))
-        return stamps
 
     def _plan_dust(self) -> list[tuple[float, float, float, float, float]]:
         area = self.width * self.height * self.mpp**2 / 1e6
@@ -506,12 +416,12 @@ class _Painter:
         """Paint rows ``top`` to ``bottom``."""
         stain_h, stain_e, edge = self._ground(top, bottom)
         for gland in self._glands:
-            gland.paint(stain_h, stain_e, top, self.mpp, self.grain)
+            gland.paint(stain_h, stain_e, top, self.mpp, self.stencils.grain)
         self._stamp_nuclei(stain_h, stain_e, top, bottom)
         stain_h *= edge
         stain_e *= edge
         picture = np.empty((bottom - top, self.width, 3), np.float32)
-        noise = self._wrapped(self.speckle, top, bottom, 211)
+        noise = self._wrapped(self.stencils.speckle, top, bottom, 14)
         for channel in range(3):
             density = self.haematoxylin[channel] * stain_h + self.eosin[channel] * stain_e
             picture[..., channel] = _GLASS[channel] * np.exp(-density) + noise * 1.6
@@ -526,10 +436,10 @@ class _Painter:
         for number, weight in enumerate(self.direction_weights):
             if weight.any():
                 fibres += self._grown(weight, first, last) * self._wrapped(
-                    self.fibres[number], first, last, 97 * number
+                    self.stencils.fibres[number], first, last, number
                 )
-        grain = self._wrapped(self.grain, first, last, 31)
-        clumps = self._wrapped(self.clumps, first, last, 503)
+        grain = self._wrapped(self.stencils.grain, first, last, 10)
+        clumps = self._wrapped(self.stencils.clumps, first, last, 11)
         nest = self._grown(self.epithelium * ~self.is_glandular, first, last)
         inflamed = self._grown(self.inflamed, first, last)
         density = self._grown(self.density, first, last)
@@ -549,7 +459,7 @@ class _Painter:
         stain_h += 0.1 * inflamed
         fat = self._grown(self.fat, first, last)
         if fat.any():
-            walls = self._wrapped(self.adipocytes, first, last, 0)
+            walls = self._wrapped(self.stencils.adipocytes, first, last, 12)
             inside = np.clip(fat * 1.6 - 0.3, 0, 1)
             stain_e += inside * (walls * 0.55 - stain_e)
             stain_h += inside * (walls * 0.1 - stain_h)
@@ -557,7 +467,7 @@ class _Painter:
         return np.maximum(stain_h, 0), np.maximum(stain_e, 0), edge
 
     def _stamp_nuclei(self, stain_h: np.ndarray, stain_e: np.ndarray, first: int, last: int) -> None:
-        reach = max(stamp[0][0].cover.shape[0] for stamp in self._stamps.values())
+        reach = max(stamp[0][0].cover.shape[0] for stamp in self.stencils.nuclei.values())
         for row in range((first - reach) // _STRIP, (last + reach) // _STRIP + 1):
             for x, y, stamp in self._by_row.get(row, ()):
                 half = stamp.cover.shape[0] // 2
@@ -594,7 +504,7 @@ class _Painter:
             if not layer.any():
                 continue
             cover = np.clip(self._grown(layer, first, last), 0, 1)
-            streaks = self._wrapped(self.clumps, first, last, 777)
+            streaks = self._wrapped(self.stencils.clumps, first, last, 13)
             opacity = (0.93 if name == "black" else 0.82) * cover * (1 + 0.04 * streaks)
             ink = np.asarray(_PENS[name], np.float32)
             # Ink lies over the coverslip: what is below shines through as a multiplication.
@@ -610,37 +520,12 @@ class _Painter:
         grown = Image.fromarray(layer).resize((self.width, last - first), Image.Resampling.BICUBIC, box=frame)
         return np.array(grown)
 
-    def _wrapped(self, texture: np.ndarray, first: int, last: int, offset: int) -> np.ndarray:
-        """Repeat a periodic texture over rows."""
-        rows = np.arange(first + offset, last + offset) % _TEXTURE
-        band = np.roll(texture[rows], -offset * 7, axis=1)
-        return np.tile(band, (1, -(-self.width // _TEXTURE)))[:, : self.width]
-
-
-@dataclass(frozen=True)
-class _Nucleus:
-    """How nuclei of one kind look."""
-
-    length_um: float
-    width_um: float
-    stain: float
-    """Haematoxylin at the rim."""
-    vesicular: float
-    """How much paler the inside is."""
-    chromatin: float
-    spread: float
-    num_nucleoli: int
-    num_turns: int
-    num_variants: int
-    bend: float = 0.0
-
-
-_NUCLEI = {
-    "spindle": _Nucleus(13.0, 3.1, 1.75, 0.18, 0.12, 0.22, 0, 16, 7, bend=0.7),
-    "epithelial": _Nucleus(9.8, 7.6, 1.62, 0.5, 0.14, 0.18, 1, 8, 14),
-    "columnar": _Nucleus(9.0, 5.2, 1.8, 0.3, 0.13, 0.13, 1, 16, 7),
-    "lymphocyte": _Nucleus(6.3, 5.9, 2.35, 0.1, 0.16, 0.1, 0, 4, 10),
-}
+    def _wrapped(self, texture: np.ndarray, first: int, last: int, use: int) -> np.ndarray:
+        """Repeat a periodic texture over rows; every use has an offset of its own."""
+        down, right = self.offsets[use]
+        rows = np.arange(first + down, last + down) % TEXTURE_SIZE
+        columns = np.arange(right, right + self.width) % TEXTURE_SIZE
+        return texture[rows[:, None], columns]
 
 
 @dataclass(frozen=True)
@@ -707,7 +592,7 @@ class _Gland:
         inside = _ramp(1.0 - ratio, -soft, soft)
         opening = _ramp(self.lumen - ratio, -soft, soft)
         halo = np.exp(-(((ratio - 1.06) / 0.05) ** 2))
-        texture = grain[rows.astype(int) % _TEXTURE, columns.astype(int) % _TEXTURE]
+        texture = grain[rows.astype(int) % TEXTURE_SIZE, columns.astype(int) % TEXTURE_SIZE]
         place = (slice(y0, y1), slice(x0, x1))
         h, e = stain_h[place], stain_e[place]
         e += 0.16 * halo
@@ -717,11 +602,6 @@ class _Gland:
         content = 0.2 if self.filled else 0.012
         h += opening * (0.01 - h)
         e += opening * (content * (1 + 0.12 * texture) - e)
-
-
-def _softer_than(length_um: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Weights that leave little of what is finer than a length, in every direction."""
-    return lambda fx, fy: np.exp(-((fx**2 + fy**2) * length_um**2))
 
 
 def _ramp(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -170,15 +170,12 @@ class Slide:
         area = _Area(box.x / factor_x, box.y / factor_y, box.right / factor_x, box.bottom / factor_y)
         try:
             pixels = self._resampled(level, area, height, width)
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            # Each reader has errors of its own; whatever one says, these pixels cannot be had.
+        except _RegionFailed as failed:
+            said = " ".join(str(failed.__cause__).split()) or type(failed.__cause__).__name__
             raise UnreadableSlide(
                 self.path,
-                f"the region x {box.x}, y {box.y}, {box.width} x {box.height} (level 0) cannot be decoded: "
-                f"{' '.join(str(error).split()) or type(error).__name__}",
-            ) from error
+                f"the region x {box.x}, y {box.y}, {box.width} x {box.height} (level 0) cannot be decoded: {said}",
+            ) from failed.__cause__
         return self._profile.apply(pixels)
 
     def thumbnail(self, max_side: int = 2048) -> np.ndarray:
@@ -270,7 +267,7 @@ class Slide:
         right, bottom = max(box.right, min(width, grown.right)), max(box.bottom, min(height, grown.bottom))
         outer = Box(x, y, right - x, bottom - y)
         if whole.contains(outer):
-            return self._backend.region(level, outer), (x, y)
+            return self._region(level, outer), (x, y)
         canvas = np.full((outer.height, outer.width, 3), 255, np.uint8)
         stored = outer.intersection(whole)
         if stored is not None:
@@ -283,6 +280,19 @@ class Slide:
             if level > 0 and outer.bottom == height + 1:
                 canvas[-1] = canvas[-2]
         return canvas, (x, y)
+
+    def _region(self, level: int, box: Box) -> np.ndarray:
+        try:
+            return self._backend.region(level, box)
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Every reader has errors of its own; whatever one says, these pixels cannot be had.
+            raise _RegionFailed from error
+
+
+class _RegionFailed(Exception):
+    """A reader could not decode a region; its own error is the cause."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """TIFF pyramids of every make, read segment by segment.
 
 A segment is a tile or a strip as stored. Its bytes are fetched with a positioned read and decoded by
-imagecodecs outside of the interpreter's lock, so several threads may read one slide; the last segments stay in
-a small cache, because neighbouring boxes share them. For JPEG tiles the pixels are those of OpenSlide, bit for
-bit (tested on real slides), at a fraction of the time.
+imagecodecs outside of the interpreter's lock, so several threads may read one slide; the last segments stay
+in a small cache, because neighbouring boxes share them. For JPEG tiles the pixels are those of OpenSlide, bit
+for bit (tested on real slides), at a fraction of the time.
 """
 
 import collections
