@@ -20,7 +20,7 @@ from pixcell.errors import (
     UnreadableSlide,
 )
 from pixcell.models.encoders import load_encoder
-from pixcell.provenance import read_provenance
+from pixcell.provenance import environment, read_provenance
 from pixcell.tasks.sample import sample
 from pixcell.training.checkpoints import write_checkpoint
 from tiny_models import tiny_transformer, tiny_vae
@@ -157,7 +157,7 @@ class TestRecords:
         assert len(record["model_sha256"]) == len(record["like_sha256"]) == len(record["codec_sha256"]) == 64
         assert record["embedding_hash"]
         assert record["like_resolution"] == "not stated: taken pixel for pixel"
-        assert record["versions"]["torch"] == torch.__version__
+        assert record["versions"] == environment()
 
     def test_the_list_names_every_picture(self, eight):
         listed = json.loads((eight[0] / "samples.json").read_text())

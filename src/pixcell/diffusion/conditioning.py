@@ -8,7 +8,7 @@ without one get the model's own "no condition" tokens.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,7 +43,7 @@ class Conditioning:
             raise ValueError("dropped marks rows of the embedding grid: one boolean each")
 
     @classmethod
-    def from_tokens(cls, tokens: Float[Tensor, "batch tokens dim"]) -> Self:
+    def from_tokens(cls, tokens: Float[Tensor, "batch tokens dim"]) -> "Conditioning":
         """Take row-major tokens of square grids, as published code passes them.
 
         Raises:
@@ -105,20 +105,20 @@ class Conditioning:
                 "in half precision an encoder can overflow: use float32 or bfloat16."
             )
 
-    def drop(self, mask: Bool[Tensor, " batch"]) -> Self:
+    def drop(self, mask: Bool[Tensor, " batch"]) -> "Conditioning":
         """Take the condition away where ``mask`` is true."""
         if self.embedding_grid is None:
             return self
         mask = mask.to(self.embedding_grid.device)
         return replace(self, dropped=mask if self.dropped is None else self.dropped | mask)
 
-    def dropped_everywhere(self) -> Self:
+    def dropped_everywhere(self) -> "Conditioning":
         """Take every condition away, keeping sizes: the unconditional twin of a batch."""
         if self.embedding_grid is None:
             return self
         return self.drop(self.embedding_grid.new_ones(self.embedding_grid.shape[0], dtype=torch.bool))
 
-    def window(self, box: Box) -> Self:
+    def window(self, box: Box) -> "Conditioning":
         """Return the conditions under a window.
 
         Args:
@@ -141,7 +141,7 @@ class Conditioning:
             raise ValueError(f"{box} reaches outside a grid of {rows} x {columns} fields")
         return replace(self, embedding_grid=self.embedding_grid[:, y : y + height, x : x + width])
 
-    def select(self, rows: slice | Sequence[int] | Tensor) -> Self:
+    def select(self, rows: slice | Sequence[int] | Tensor) -> "Conditioning":
         """Return the conditions of some samples."""
         if self.embedding_grid is None:
             return self
@@ -149,14 +149,16 @@ class Conditioning:
         dropped = None if self.dropped is None else self.dropped[chosen]
         return replace(self, embedding_grid=self.embedding_grid[chosen], dropped=dropped)
 
-    def repeat(self, times: int) -> Self:
+    def repeat(self, times: int) -> "Conditioning":
         """Repeat each sample's condition ``times`` times, copies side by side."""
         if self.embedding_grid is None:
             return self
         dropped = None if self.dropped is None else self.dropped.repeat_interleave(times)
         return replace(self, embedding_grid=self.embedding_grid.repeat_interleave(times, 0), dropped=dropped)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Conditioning":
         """Move to a device, and embeddings to a dtype."""
         if self.embedding_grid is None:
             return self
@@ -164,7 +166,7 @@ class Conditioning:
         return replace(self, embedding_grid=self.embedding_grid.to(device, dtype), dropped=dropped)
 
     @classmethod
-    def cat(cls, parts: Sequence["Conditioning"]) -> Self:
+    def cat(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
         """Join batches. All of them have a grid, or none has.
 
         Raises:

@@ -16,7 +16,7 @@ It is checked against the weights when a pipeline is built. Published pipelines 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import diffusers
 import torch
@@ -84,7 +84,7 @@ class PixCellPipeline(DiffusionPipeline):
         transformer: PixCellTransformer2DModel | None = None,
         vae: nn.Module | None = None,
         scheduler: SchedulerMixin | None = None,
-    ) -> Self:
+    ) -> "PixCellPipeline":
         """Load a pipeline folder. Weights are read as data; no code of the folder is run.
 
         Args:

@@ -8,7 +8,7 @@ The same seed gives the same picture, whatever the batch size. Three things toge
 - scheduler steps are elementwise.
 
 It holds to the last bit on one machine with the same libraries, for any number of threads. Another processor,
-GPU model or library version rounds differently; a trained model's pictures then differ little, not in nothing.
+GPU model or library version rounds differently, and pictures then differ a little.
 """
 
 import inspect

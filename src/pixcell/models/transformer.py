@@ -23,7 +23,6 @@ Yellapragada et al. 2025, "PixCell" (https://arxiv.org/abs/2506.05127).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -142,7 +141,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         norm_type: str = "ada_norm_single",
         norm_elementwise_affine: bool = False,
         norm_eps: float = 1e-6,
-        interpolation_scale: float | None = None,
+        interpolation_scale: float | int | None = None,
         use_additional_conditions: bool | None = False,
         caption_channels: int = 1536,
         attention_type: str | None = "default",
@@ -280,7 +279,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def grown_to(
         self, sample_size: int, caption_num_tokens: int, interpolation_scale: float | None = None
-    ) -> tuple[Self, GrowthReport]:
+    ) -> "tuple[PixCellTransformer2DModel, GrowthReport]":
         """Return a model for another size that starts from these weights: the way from 256 to 512 to 1024.
 
         Every weight is carried. Position tables are computed for the new size. The "no condition" tokens are
