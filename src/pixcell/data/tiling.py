@@ -43,6 +43,7 @@ VERDICTS: tuple[Verdict, ...] = ("kept", "glass", "pen", "blurred", "unreadable"
 
 # Tiles per errand of a thread: neighbours share blocks of the scanner's file, and a reader's cache is small.
 _ERRAND = 8
+_BLOCK = 128  # pixels of an overview that has to be pieced together
 
 
 class TilingConfig(Config):
@@ -236,11 +237,41 @@ class SlideCutter:
                 f"{config.tile_size} px at {config.mpp:g} mpp needs {needed}. "
                 "Ask for smaller tiles: --set tiling.tile_size=256"
             )
-        self.thumbnail = slide.thumbnail(config.tissue.thumbnail_side)
+        self.unreadable: list[dict[str, Any]] = []
+        self.thumbnail = self._overview()
         scale = max(slide.width, slide.height) / max(self.thumbnail.shape[:2])
         self.tissue_map: TissueMap = find_tissue(self.thumbnail, scale, slide.mpp, config.tissue_for_tiles)
         self.candidates = [self._judged(box) for box in boxes]
-        self.unreadable: list[dict[str, Any]] = []
+
+    def _overview(self) -> np.ndarray:
+        """Return the thumbnail. A corrupt place in one level shall not hide the slide."""
+        slide, side = self.slide, self.config.tissue.thumbnail_side
+        for smaller in (side, side // 2, side // 4, side // 8):
+            try:
+                return slide.thumbnail(smaller)
+            except UnreadableSlide:
+                continue  # coarser levels hold the same picture in other bytes
+        scale = max(1.0, max(slide.width, slide.height) / side)
+        thumbnail = np.full((round(slide.height / scale), round(slide.width / scale), 3), 255, np.uint8)
+        for y in range(0, thumbnail.shape[0], _BLOCK):
+            for x in range(0, thumbnail.shape[1], _BLOCK):
+                block = thumbnail[y : y + _BLOCK, x : x + _BLOCK]
+                height, width = block.shape[:2]
+                box = Box(round(x * scale), round(y * scale), round(width * scale), round(height * scale))
+                try:
+                    block[:] = slide.read(box, size=(height, width))
+                except UnreadableSlide as error:
+                    if self.config.on_unreadable == "fail":
+                        raise self._unreadable(error) from error
+                    self.unreadable.append({"x": box.x, "y": box.y, "reason": error.reason})
+        return thumbnail
+
+    def _unreadable(self, error: UnreadableSlide) -> UnreadableSlide:
+        return UnreadableSlide(
+            self.path,
+            f"{error.reason}. Copy or scan the slide again, or go without such tiles: "
+            "--set tiling.on_unreadable=drop",
+        )
 
     def _judged(self, box: Box) -> Candidate:
         tissue = round(self.tissue_map.tissue_fraction(box), 4)
@@ -282,11 +313,7 @@ class SlideCutter:
                 image = self.slide.read(box, config.mpp, size=(config.tile_size, config.tile_size))
             except UnreadableSlide as error:
                 if config.on_unreadable == "fail":
-                    raise UnreadableSlide(
-                        self.path,
-                        f"{error.reason}. Copy or scan the slide again, or go without such tiles: "
-                        "--set tiling.on_unreadable=drop",
-                    ) from error
+                    raise self._unreadable(error) from error
                 self._note(index, "unreadable", {"x": box.x, "y": box.y, "reason": error.reason})
                 continue
             sharpness = round(sharpness_of(image), 4)
