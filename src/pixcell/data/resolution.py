@@ -20,7 +20,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-__all__ = ["Resolution", "from_density", "from_description", "from_objective", "from_ome", "from_openslide"]
+__all__ = [
+    "Resolution",
+    "from_density",
+    "from_description",
+    "from_objective",
+    "from_ome",
+    "from_openslide",
+    "microns_of",
+]
 
 _SQUARE_TOLERANCE = 0.01
 _FINEST_DENSITY_UM, _COARSEST_DENSITY_UM = 0.02, 10.0

@@ -22,8 +22,9 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from pixcell.data.backends import Backend, dicom_series, is_dicom, open_backend
+from pixcell.data.backends import Backend, open_backend
 from pixcell.data.colour import ColourProfile
+from pixcell.data.dicom import dicom_series, is_dicom
 from pixcell.data.resolution import Resolution
 from pixcell.errors import SlideError, UnknownResolution, UnreadableSlide
 from pixcell.geometry import Box, level_for, scale_between
@@ -174,7 +175,8 @@ class Slide:
             said = " ".join(str(failed.__cause__).split()) or type(failed.__cause__).__name__
             raise UnreadableSlide(
                 self.path,
-                f"the region x {box.x}, y {box.y}, {box.width} x {box.height} (level 0) cannot be decoded: {said}",
+                f"the region x {box.x}, y {box.y}, {box.width} x {box.height} (level 0) "
+                f"cannot be decoded: {said}",
             ) from failed.__cause__
         return self._profile.apply(pixels)
 
@@ -287,7 +289,7 @@ class Slide:
         except MemoryError:
             raise
         except Exception as error:
-            # Every reader has errors of its own; whatever one says, these pixels cannot be had.
+            # Every reader has its own errors; whatever one says, these pixels cannot be had.
             raise _RegionFailed from error
 
 

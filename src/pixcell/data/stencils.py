@@ -1,7 +1,7 @@
-"""What drawn tissue is painted with: periodic textures, and stencils of nuclei.
+"""What drawn tissue is painted with: periodic textures, stencils of nuclei, glands.
 
-They depend on the resolution only and are made once per process; every slide lays them at offsets of its
-own, so that no two show the same place.
+Textures and nuclei depend on the resolution only and are made once per process; every slide lays them at
+offsets of its own, so that no two show the same place.
 """
 
 import functools
@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-__all__ = ["NUM_DIRECTIONS", "TEXTURE_SIZE", "Stamp", "Stencils", "stencils"]
+__all__ = ["NUM_DIRECTIONS", "TEXTURE_SIZE", "Gland", "Stamp", "Stencils", "ramp", "stencils"]
 
 TEXTURE_SIZE = 1024
 """Pixels after which a texture repeats."""
@@ -158,3 +158,85 @@ class Stencils:
 def _softer_than(length_um: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Weights that leave little of what is finer than a length, in every direction."""
     return lambda fx, fy: np.exp(-((fx**2 + fy**2) * length_um**2))
+
+
+@dataclass(frozen=True)
+class Gland:
+    """A gland cut across: a wobbly ring of columnar cells around a lumen. Lengths in level-0 pixels."""
+
+    x: float
+    y: float
+    radius: float
+    squeeze: float
+    turn: float
+    wobble: np.ndarray
+    phase: np.ndarray
+    lumen: float
+    filled: bool
+
+    def _ratio(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """0 in the centre, 1 on the basement membrane."""
+        along = x * math.cos(self.turn) + y * math.sin(self.turn)
+        across = (y * math.cos(self.turn) - x * math.sin(self.turn)) / self.squeeze
+        return np.hypot(along, across) / (self.radius * self._outline(np.arctan2(across, along)))
+
+    def _outline(self, polar: np.ndarray) -> np.ndarray:
+        total = np.ones_like(polar)
+        for k in range(4):
+            total = total + self.wobble[k] * np.cos((k + 2) * polar + self.phase[k])
+        return total
+
+    def mark(self, layer: np.ndarray, scale: float) -> None:
+        """Set the map to 1 where the gland is."""
+        reach = self.radius * 1.35 / scale
+        y0, y1 = max(0, int(self.y / scale - reach)), min(layer.shape[0], int(self.y / scale + reach) + 2)
+        x0, x1 = max(0, int(self.x / scale - reach)), min(layer.shape[1], int(self.x / scale + reach) + 2)
+        rows, columns = np.mgrid[y0:y1, x0:x1].astype(np.float32)
+        inside = self._ratio((columns + 0.5) * scale - self.x, (rows + 0.5) * scale - self.y) < 1.12
+        layer[y0:y1, x0:x1][inside] = 1
+
+    def nuclei(self, random: np.random.Generator, mpp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places and directions of the ring: near the membrane, pointing to the lumen."""
+        around = 2 * math.pi * self.radius * (1 + self.squeeze) / 2 * mpp
+        count = max(8, int(around / 5.6))
+        polar = (np.arange(count) + random.uniform(-0.28, 0.28, count)) / count * 2 * math.pi
+        polar = np.concatenate([polar, random.uniform(0, 2 * math.pi, count // 3)])
+        depth = np.concatenate([random.normal(0.84, 0.035, count), random.normal(0.68, 0.05, count // 3)])
+        distance = self.radius * self._outline(polar) * depth
+        along, across = distance * np.cos(polar), distance * np.sin(polar) * self.squeeze
+        x = along * math.cos(self.turn) - across * math.sin(self.turn)
+        y = along * math.sin(self.turn) + across * math.cos(self.turn)
+        return self.x + x, self.y + y, np.arctan2(y, x) + random.normal(0, 0.18, len(x))
+
+    def paint(
+        self, stain_h: np.ndarray, stain_e: np.ndarray, first: int, mpp: float, grain: np.ndarray
+    ) -> None:
+        """Lay membrane, cytoplasm and lumen over the ground."""
+        reach = int(self.radius * 1.4) + 2
+        y0, y1 = max(0, int(self.y) - first - reach), min(len(stain_h), int(self.y) - first + reach)
+        x0, x1 = max(0, int(self.x) - reach), min(stain_h.shape[1], int(self.x) + reach)
+        if y1 <= y0 or x1 <= x0:
+            return
+        rows, columns = np.mgrid[y0:y1, x0:x1].astype(np.float32)
+        rows += first
+        ratio = self._ratio(columns - self.x, rows - self.y)
+        soft = max(0.02, 1.2 / mpp / self.radius)
+        inside = ramp(1.0 - ratio, -soft, soft)
+        opening = ramp(self.lumen - ratio, -soft, soft)
+        halo = np.exp(-(((ratio - 1.06) / 0.05) ** 2))
+        texture = grain[rows.astype(int) % TEXTURE_SIZE, columns.astype(int) % TEXTURE_SIZE]
+        place = (slice(y0, y1), slice(x0, x1))
+        h, e = stain_h[place], stain_e[place]
+        e += 0.16 * halo
+        apical = np.clip((0.85 - ratio) / 0.4, 0, 1)
+        h += inside * (0.36 - 0.16 * apical + 0.05 * texture - h)
+        e += inside * (0.42 + 0.05 * texture - e)
+        content = 0.2 if self.filled else 0.012
+        h += opening * (0.01 - h)
+        e += opening * (content * (1 + 0.12 * texture) - e)
+
+
+def ramp(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Rise smoothly from 0 at ``low`` to 1 at ``high``."""
+    t = np.clip((values - low) / (high - low), 0, 1)
+    return (t * t * (3 - 2 * t)).astype(np.float32)
