@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import h5py
 import numpy as np
@@ -27,6 +27,7 @@ _NUMBERS = {"x": np.int64, "y": np.int64, "tissue": np.float64, "pen": np.float6
 _FORMAT = "pixcell-images-1"
 
 
+@runtime_checkable
 class TileRecord(Protocol):
     """What the store keeps of a tile besides its pixels; :class:`pixcell.data.tiling.Tile` is one."""
 

@@ -108,6 +108,7 @@ class TileStore:
             path.mkdir(parents=True, exist_ok=True)
         others = [item for item in path.iterdir() if ".tmp-" not in item.name and item.name[0] != "."]
         if not (path / "store.json").exists():
+            # Asked again: another machine may have made the store since the folder was listed.
             if others and not (path / "store.json").exists():
                 raise StoreError(f"{path} is not empty and is no tile store. Choose a new or empty folder.")
             content = {
@@ -182,7 +183,7 @@ class TileStore:
         names = [
             entry.name
             for entry in os.scandir(self.path)
-            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in _NOT_COLUMNS
+            if entry.is_dir() and _COLUMN_NAME.fullmatch(entry.name) and entry.name not in _NOT_COLUMNS
         ]
         return [name for name in ["images", *sorted(names)] if self.slide_ids(name)]
 
