@@ -2,8 +2,9 @@
 
     python benchmarks/encoding_memory.py [--tiles 12] [--tile-size 512]
 
-Each size runs in a process of its own, which encodes one slide of random tiles with the small autoencoder and
-with ``stain-texture``. The peak is that of the process (``ru_maxrss``), less what it was before encoding began.
+Each size runs in a process of its own, which encodes one slide of random tiles with the small autoencoder
+and with ``stain-texture``. The peak is that of the process (``ru_maxrss``); "by encoding" is what it grew by
+after the libraries were loaded.
 """
 
 import argparse
