@@ -221,6 +221,6 @@ def _must_agree(facts: Mapping[str, Any], fields: FieldDataset, place: Path) -> 
         if before and before["sha256"] != now["sha256"]:
             raise ModelError(
                 f"model.init {place} was trained on {kind} by {before['name']!r} ({before['sha256'][:12]}); "
-                f"the store holds those by {now['name']!r} ({now['sha256'][:12]}). Encode the store with the first, "
-                "or train from scratch."
+                f"the store holds those by {now['name']!r} ({now['sha256'][:12]}). "
+                "Encode the store with the first, or train from scratch."
             )

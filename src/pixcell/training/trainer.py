@@ -239,7 +239,7 @@ class Trainer:
         raise RunError(
             f"the {what} became {value} at step {self.step + 1} of {self.run.name}, on the batch "
             f"{', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}. {way_out}"
-            "A smaller optimizer.lr, a longer warm-up, optimizer.clip_norm, or another precision usually help."
+            "A smaller optimizer.lr, a longer warm-up, optimizer.clip_norm or another precision may help."
         )
 
     # -- what the trainer reads ---------------------------------------------------------------------------
