@@ -165,7 +165,7 @@ from pathlib import Path
 from pixcell.data.tiling import TilingConfig, TilingRecipe
 from pixcell.tasks.tile import tile_slides
 if __name__ == "__main__":
-    recipe = TilingRecipe(name="test", tiling=TilingConfig(tile_size=256, stride=32))
+    recipe = TilingRecipe(name="test", tiling=TilingConfig(tile_size=256, stride=64))
     tile_slides(Path(sys.argv[1]), Path(sys.argv[2]), recipe, workers=1)
 """
 

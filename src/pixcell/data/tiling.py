@@ -245,7 +245,10 @@ class SlideCutter:
 
     def _overview(self) -> np.ndarray:
         """Return the thumbnail. A corrupt place in one level shall not hide the slide."""
-        slide, side = self.slide, self.config.tissue.thumbnail_side
+        # Finer than the mask is of no use but to the eye: 1024 pixels are enough for a picture.
+        slide, tissue = self.slide, self.config.tissue
+        needed = round(max(slide.width, slide.height) * slide.mpp / tissue.map_mpp)
+        side = min(tissue.thumbnail_side, max(needed, 1024))
         for smaller in (side, side // 2, side // 4, side // 8):
             try:
                 return slide.thumbnail(smaller)
