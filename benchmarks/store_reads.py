@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import time
@@ -162,19 +163,25 @@ def running(dataset: Any, samples: int, batch_size: int, workers: int) -> Iterat
     loader = DataLoader(
         dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, prefetch_factor=4
     )
-    batches = iter(loader)
-    next(batches)
-    yield batches
+    holder = [iter(loader)]
+    next(holder[0])
+    yield holder.pop()
 
 
-def samples_per_second(dataset: Dataset[Any], samples: int, batch_size: int, workers: int) -> float:
+def speed(dataset: Dataset[Any], samples: int, batch_size: int, workers: int) -> tuple[float, float]:
+    """Return fields per second, and processor microseconds per field in the workers."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with running(dataset, samples, batch_size, workers) as batches:
         for _ in range(8):
             next(batches)
         started, count = time.perf_counter(), 0
         for batch in batches:
             count += len(batch["posterior_mean"])
-        return count / (time.perf_counter() - started)
+        rate = count / (time.perf_counter() - started)
+        del batches  # the workers end, and their time is counted
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return rate, busy / samples * 1e6
 
 
 def worker_memory(dataset: Dataset[Any], samples: int, batch_size: int, workers: int) -> float:
@@ -186,6 +193,13 @@ def worker_memory(dataset: Dataset[Any], samples: int, batch_size: int, workers:
                 sizes = [child.memory_full_info().pss for child in psutil.Process().children(recursive=True)]
                 largest = max([largest, *sizes])
     return largest / 2**20
+
+
+def _print_ratio(what: str, above: list[float], below: list[float]) -> None:
+    ratios = [one / other for one, other in zip(above, below, strict=True)]
+    print(
+        f"  ratio of {what}: median {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+    )
 
 
 def main() -> None:
@@ -211,18 +225,23 @@ def main() -> None:
     for path in folder.rglob("*.npy"):
         path.read_bytes()
     rates: dict[str, list[float]] = {name: [] for name in datasets}
+    costs: dict[str, list[float]] = {name: [] for name in datasets}
     for _ in range(arguments.runs):
         for name, dataset in datasets.items():
             samples = 4000 if name != "tile store" else 24000
-            rates[name].append(samples_per_second(dataset, samples, batch_size, workers))
-    slow, fast = rates.values()
+            rate, cost = speed(dataset, samples, batch_size, workers)
+            rates[name].append(rate)
+            costs[name].append(cost)
     print(f"{arguments.tiles} tiles, {workers} workers, batches of {batch_size}, {arguments.runs} runs")
     for name, values in rates.items():
         print(
             f"  {name:24s} median {statistics.median(values):8.0f}  ({min(values):.0f} to {max(values):.0f})"
         )
-    ratios = [one / other for one, other in zip(fast, slow, strict=True)]
-    print(f"  ratio: median {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+    slow, fast = rates.values()
+    _print_ratio("fields/s", fast, slow)
+    slow, fast = costs.values()
+    print(f"  worker processor us per field: {statistics.median(slow):.0f}, {statistics.median(fast):.0f}")
+    _print_ratio("processor time per field", slow, fast)
     shutil.rmtree(folder)
 
     for count in arguments.sparse:
