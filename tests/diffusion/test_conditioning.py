@@ -110,7 +110,7 @@ def test_a_grid_that_is_not_the_models_is_refused():
 
 
 def test_shapes_that_are_no_grid_are_a_programming_error():
-    with pytest.raises((ValueError, TypeError), match="batch,? rows,? columns,? dim"):
+    with pytest.raises((ValueError, TypeError), match=r"batch,? rows,? columns,? dim"):
         Conditioning(torch.zeros(2, 4, 12))
-    with pytest.raises((ValueError, TypeError), match="one boolean each|dropped"):
+    with pytest.raises((ValueError, TypeError), match=r"one boolean each|dropped"):
         Conditioning(grid(), torch.zeros(2, dtype=torch.bool))

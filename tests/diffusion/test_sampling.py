@@ -146,7 +146,7 @@ def test_fixed_batches_call_the_model_on_one_shape_only():
     assert torch.equal(result, latents * grid[:, :1, :1, :1])
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_sample_depends_on_no_batch_and_no_number_of_threads_to_the_last_bit(size):
     """A model wide enough that matrix products are split over threads and that kernels differ by shape."""
     torch.manual_seed(0)
@@ -164,20 +164,20 @@ def test_a_sample_depends_on_no_batch_and_no_number_of_threads_to_the_last_bit(s
 
     def sampled(batch_size):
         parts = []
-        for start in range(0, 4, batch_size):
-            rows = range(start, min(start + batch_size, 4))
+        for start in range(0, 3, batch_size):
+            rows = range(start, min(start + batch_size, 3))
             noise = torch.stack([noise_for(1, index, (16, 16, 16)) for index in rows])
             conditioning = Conditioning(grid[rows.start : rows.stop])
-            parts.append(sample_latents(denoiser, make_scheduler(), noise, conditioning, 2))
+            parts.append(sample_latents(denoiser, make_scheduler(), noise, conditioning, 1))
         return torch.cat(parts)
 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        reference = sampled(4)
-        assert all(torch.equal(sampled(batch_size), reference) for batch_size in (1, 2, 3))
+        reference = sampled(3)
+        assert all(torch.equal(sampled(batch_size), reference) for batch_size in (1, 2))
         torch.set_num_threads(2)
-        assert all(torch.equal(sampled(batch_size), reference) for batch_size in (1, 4))
+        assert all(torch.equal(sampled(batch_size), reference) for batch_size in (1, 3))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

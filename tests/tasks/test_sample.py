@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -257,6 +260,27 @@ class TestRestart:
             with pytest.raises(OutputError):
                 sample(model, tmp_path, like=references[:1], count=1, steps=STEPS, overwrite=overwrite)
         assert own.read_bytes() == before
+
+    def test_a_killed_process_loses_nothing_but_time(self, model, references, eight, tmp_path):
+        """SIGKILL in the middle, then the same command: the same bytes as undisturbed."""
+        arguments = {"like": [str(path) for path in references], "count": 400, "seed": 1, "steps": STEPS}
+        code = (
+            "from pathlib import Path; from pixcell.tasks.sample import sample; "
+            f"sample({str(model)!r}, Path({str(tmp_path)!r}), **{arguments!r})"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 120
+            while len(list(tmp_path.glob("0*.png"))) < 3 and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+        finally:
+            process.kill()
+        assert process.wait() == -9, "it was still at work"
+        assert not (tmp_path / "samples.json").exists()
+        result = sample(model, tmp_path, like=references, count=8, seed=1, steps=STEPS)
+        assert result.num_kept >= 3
+        assert bytes_of(tmp_path).items() >= bytes_of(eight[0]).items()
 
 
 class TestBadInput:
