@@ -50,7 +50,7 @@ def synthetic(tmp_path: Path, tissue: list[np.ndarray]) -> Path:
     for number, image in enumerate(tissue[:12]):
         record = {
             "like": f"case-{number:02d}.png", "index": number, "seed": 1, "steps": 20, "guidance_scale": 2.0,
-            "scheduler": "DPMSolverMultistepScheduler", "model": "runs/nano", "model_sha256": "a" * 64, "mpp": 0.5,
+            "scheduler": "DPMSolverMultistepScheduler", "model": "nano", "model_sha256": "a" * 64, "mpp": 0.5,
         }  # fmt: skip
         save_synthetic_png(folder / f"{number:05d}.png", generated(image, 0.3), record)
     return folder

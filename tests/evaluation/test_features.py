@@ -91,7 +91,9 @@ def test_features_that_are_not_numbers_name_the_pictures(pictures):
             values[1] = torch.nan
             return values
 
-    with pytest.raises(EvaluationError, match=r"mean-colour gave NaN .* 3 of 24 fields \(case-01\.png, case-09"):
+    with pytest.raises(
+        EvaluationError, match=r"mean-colour gave NaN .* 3 of 24 fields \(case-01\.png, case-09"
+    ):
         extract(pictures, Broken(), batch_size=8)
 
 
@@ -166,6 +168,9 @@ def test_nothing_is_downloaded_unasked(tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity", reason="the extra 'eval' is not installed")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download began"))
-    with warnings.catch_warnings(), pytest.raises(MissingWeights, match=r"6726825d.*--extractor-weights.*download=true"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(MissingWeights, match=r"6726825d.*--extractor-weights.*download=true"),
+    ):
         load_extractor("inception")
     assert features_module.InceptionSpace.dim == 2048

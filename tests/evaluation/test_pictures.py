@@ -9,6 +9,8 @@ from pixcell.data.store import TileStore
 from pixcell.data.tiling import Tile
 from pixcell.errors import EvaluationError, UnreadableSlide
 from pixcell.evaluation.pictures import PictureSet, check_comparable, fields_of, pairs_of, reading
+from pixcell.files import sha256_of
+from pixcell.provenance import save_synthetic_png
 
 
 def save(path, image):
@@ -38,7 +40,9 @@ def store(tmp_path, tissue):
 
 
 def test_a_folder_is_read_in_the_order_of_names_with_folders_below_it(tmp_path):
-    for index, name in enumerate(["b/2.png", "a.png", "b/1.jpg", ".hidden.png", ".cache/x.png", "notes.txt.png"]):
+    for index, name in enumerate(
+        ["b/2.png", "a.png", "b/1.jpg", ".hidden.png", ".cache/x.png", "notes.txt.png"]
+    ):
         save(tmp_path / name, random_images(1, seed=index)[0])
     (tmp_path / "readme.txt").write_text("no picture")
     assert [each.name for each in PictureSet.open(tmp_path).pictures] == [
@@ -210,6 +214,19 @@ def test_pairs_with_tiles_of_a_store_are_found_by_the_name_they_came_in_with(sto
 def test_a_name_that_fits_several_real_pictures_makes_no_pair(tmp_path):
     for name in ("real/x/a.png", "real/y/a.png", "synthetic/a.png"):
         save(tmp_path / name, random_images(1)[0])
-    pairs, found_by, warnings = pairs_of(PictureSet.open(tmp_path / "real"), PictureSet.open(tmp_path / "synthetic"))
+    pairs, found_by, warnings = pairs_of(
+        PictureSet.open(tmp_path / "real"), PictureSet.open(tmp_path / "synthetic")
+    )
     assert (pairs, found_by) == ([], None)
     assert "fits several real pictures" in warnings[0]
+
+
+def test_a_checksum_tells_apart_references_of_one_name(tmp_path):
+    images = random_images(2)
+    for folder, image in zip("xy", images, strict=True):
+        save(tmp_path / "real" / folder / "a.png", image)
+    digest = sha256_of(tmp_path / "real" / "y" / "a.png")
+    save_synthetic_png(tmp_path / "synthetic" / "0.png", images[0], {"like": "a.png", "like_sha256": digest})
+    pairs, _, warnings = pairs_of(PictureSet.open(tmp_path / "real"), PictureSet.open(tmp_path / "synthetic"))
+    assert [one.name for one, _ in pairs] == ["y/a.png"]
+    assert warnings == []

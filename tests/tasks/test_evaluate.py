@@ -1,7 +1,6 @@
 """From two folders to a report that a person can open."""
 
 import dataclasses
-import json
 import re
 
 import numpy as np
@@ -21,13 +20,15 @@ FAST = {"kernel_subsets": 10, "device": "cpu"}
 @pytest.fixture(scope="session")
 def tissue():
     image = draw_tissue(6 * SIDE, 6 * SIDE, seed=3)
-    return [image[y : y + SIDE, x : x + SIDE] for y in range(0, 6 * SIDE, SIDE) for x in range(0, 6 * SIDE, SIDE)]
+    return [
+        image[y : y + SIDE, x : x + SIDE] for y in range(0, 6 * SIDE, SIDE) for x in range(0, 6 * SIDE, SIDE)
+    ]
 
 
 def record(number, **more):
     return {
         "like": f"case-{number:02d}.png", "index": number, "seed": 1, "steps": 20, "guidance_scale": 2.0,
-        "scheduler": "DPMSolverMultistepScheduler", "model": "runs/nano", "model_sha256": "a" * 64, "mpp": 0.5,
+        "scheduler": "DPMSolverMultistepScheduler", "model": "nano", "model_sha256": "a" * 64, "mpp": 0.5,
         "encoder": "stain-texture", **more,
     }  # fmt: skip
 
@@ -55,7 +56,11 @@ def test_a_report_says_what_was_compared_and_how(report):
     assert report.synthetic.num_marked_synthetic == 12
     assert report.synthetic.mpp == [0.5]
     assert report.generator["model_sha256"] == "a" * 64
-    assert (report.generator["steps"], report.generator["guidance_scale"], report.generator["seed"]) == (20, 2.0, 1)
+    assert (report.generator["steps"], report.generator["guidance_scale"], report.generator["seed"]) == (
+        20,
+        2.0,
+        1,
+    )
     assert "like" not in report.generator
     assert len(report.extractor["sha256"]) == 64
     assert report.extractor["resize"]
@@ -84,7 +89,9 @@ def test_the_space_that_conditioned_the_generator_is_named_as_flattering(report)
 
 def test_json_markdown_plot_and_page_stand_beside_each_other(report, tmp_path):
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == [f"report.{end}" for end in ("html", "json", "md", "png")]
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"report.{end}" for end in ("html", "json", "md", "png")
+    ]
     assert Report.load(out / "report.json") == report
     with Image.open(out / "report.png") as plot:
         assert plot.width > 1000
@@ -127,6 +134,22 @@ def test_references_outside_of_the_random_choice_still_make_pairs(folders, tmp_p
     assert report.real.num_fields == 6
 
 
+def test_references_may_be_somewhere_else(folders, tmp_path, tissue):
+    real, synthetic = folders
+    elsewhere = tmp_path / "references"
+    elsewhere.mkdir()
+    for number in range(12):
+        (real / f"case-{number:02d}.png").rename(elsewhere / f"case-{number:02d}.png")
+    without = evaluate(real, synthetic, out=tmp_path / "without.json", **FAST)
+    assert "references" in without.pairs.reason
+    report = evaluate(real, synthetic, references=elsewhere, out=tmp_path / "with.json", **FAST)
+    assert (report.pairs.num_pairs, report.pairs.num_references) == (12, 12)
+    assert (report.real.num_pictures, report.real.num_fields) == (12, 12)
+    Image.fromarray(tissue[0][:40, :40]).save(elsewhere / "case-00.png")
+    with pytest.raises(EvaluationError, match=r"reference case-.* smaller than a field"):
+        evaluate(real, synthetic, references=elsewhere, out=tmp_path / "r.json", field_size=64, **FAST)
+
+
 def test_pairs_can_be_left_out(folders, tmp_path):
     report = evaluate(*folders, out=tmp_path / "r.json", pairs=False, **FAST)
     assert report.pairs.cosine_mean is None
@@ -140,7 +163,9 @@ def test_copies_and_duplicates_are_counted_and_told(folders, tmp_path, tissue):
     report = evaluate(real, synthetic, out=tmp_path / "r.json", **FAST)
     assert report.real.num_duplicates == 1
     assert any("1 real pictures repeat" in warning for warning in report.warnings)
-    assert any("1 synthetic pictures are pixel for pixel equal to a real one" in each for each in report.warnings)
+    assert any(
+        "1 synthetic pictures are pixel for pixel equal to a real one" in each for each in report.warnings
+    )
 
 
 def test_synthetic_pictures_among_the_real_are_told(folders, tmp_path, tissue):

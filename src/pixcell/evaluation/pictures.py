@@ -20,6 +20,7 @@ from pixcell.data.images import ImageShard
 from pixcell.data.slides import Slide
 from pixcell.data.store import TileStore
 from pixcell.errors import EvaluationError
+from pixcell.files import sha256_of
 from pixcell.geometry import Box
 from pixcell.parallel import default_workers
 from pixcell.provenance import read_provenance
@@ -284,7 +285,8 @@ def pairs_of(
 ) -> tuple[list[tuple[Picture, Picture]], Literal["like", "file name", None], list[str]]:
     """Find for each synthetic picture the real one that it was made after.
 
-    By the name in its record (``like``), else by an equal file stem.
+    By the name in its record (``like``), where that fits several by the checksum beside it; if no record
+    names anything, by an equal file stem.
 
     Returns:
         Pairs (real, synthetic); by what they were found; and warnings about names that fit several pictures.
@@ -306,6 +308,14 @@ def pairs_of(
         else:
             names = _names_of(picture.name)
         candidates = fitting(names)
+        if len(candidates) > 1:
+            digest = (picture.record or {}).get("like_sha256")
+            exact = [
+                each
+                for each in candidates
+                if isinstance(each.place, Path) and sha256_of(each.place) == digest
+            ]
+            candidates = exact or candidates
         if len(candidates) == 1:
             pairs.append((candidates[0], picture))
         elif candidates:

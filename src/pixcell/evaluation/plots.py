@@ -45,6 +45,7 @@ def draw_plot(
     ):
         figure = Figure(figsize=(13.5, 4.3), dpi=140, layout="constrained")
         FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.14)  # type: ignore[union-attr]
         axes = figure.subplots(1, 4, width_ratios=[1.2, 0.5, 0.5, 1])
         _draw_plane(axes[0], real, synthetic, extractor, seed)
         distances = [measure for measure in measures if measure.better == "lower"]
@@ -105,7 +106,8 @@ def _draw_distance(axes, measure: Measure) -> None:  # type: ignore[no-untyped-d
     axes.set_xlabel(f"{measure.matched_count} a side")
     axes.margins(y=0.16)
     axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
 
 
 def _draw_pairs(axes, pairs: PairSimilarity | None, measures: Sequence[Measure]) -> None:  # type: ignore[no-untyped-def]

@@ -159,8 +159,8 @@ class Report:
                 "real ones at this count."
                 if kernel.matched <= limit
                 else f"In the space of {space}, the synthetic pictures are told apart from real ones: "
-                f"kernel distance {kernel.matched:.3g}, against {kernel.floor:.3g} ± {kernel.floor_std:.2g} "
-                "between halves of the real set."
+                f"kernel distance {figure_text(kernel.matched, kernel.matched_std)}, against "
+                f"{figure_text(kernel.floor, kernel.floor_std)} between halves of the real set."
             )
         else:
             text = f"In the space of {space}, there are too few pictures to judge a distance."

@@ -35,6 +35,7 @@ def evaluate(
     extractor_weights: Path | None = None,
     out: Path = Path("report.json"),
     pairs: bool = True,
+    references: Path | None = None,
     field_size: int | None = None,
     max_images: int | None = None,
     batch_size: int = 32,
@@ -55,6 +56,7 @@ def evaluate(
         extractor_weights: Its weights on disk.
         out: The JSON file; a folder means ``report.json`` in it.
         pairs: Whether to compare pictures with their references.
+        references: Folder (or store) of the pictures that were imitated, where they are not among the real.
         field_size: Cut pictures of both sets into squares of this many pixels first. None: whole pictures;
             tiles of a store are cut to the size of the synthetic pictures where they divide evenly.
         max_images: Use at most so many pictures of each set, drawn at random. None: all.
@@ -87,9 +89,12 @@ def evaluate(
     real_set, synthetic_set = all_real.chosen(max_images, seed), all_synthetic.chosen(max_images, seed)
     found: Sequence[tuple[Picture, Picture]] = ()
     found_by = None
+    all_references = all_real if references is None else PictureSet.open(references)
     if pairs:
-        found, found_by, remarks = pairs_of(all_real, synthetic_set)
+        found, found_by, remarks = pairs_of(all_references, synthetic_set)
         warnings += remarks
+    paired = list({reference.name: reference for reference, _ in found}.values())
+    _check_references(paired, field_size)
 
     space = (
         load_extractor(extractor, extractor_weights, device=device, download=download)
@@ -98,11 +103,14 @@ def evaluate(
     )
     # References that were not drawn are looked at, too, but only as references.
     drawn = {picture.name for picture in real_set.pictures}
-    references = list({reference.name: reference for reference, _ in found}.values())
-    extra = [reference for reference in references if reference.name not in drawn]
-    with_extra = real_set.with_pictures([*real_set.pictures, *extra])
-    real_features = extract(with_extra, space, batch_size=batch_size, field_size=field_size)
+    extra = [each for each in paired if each.name not in drawn] if references is None else []
+    looked_at = real_set.with_pictures([*real_set.pictures, *extra])
+    real_features = extract(looked_at, space, batch_size=batch_size, field_size=field_size)
     synthetic_features = extract(synthetic_set, space, batch_size=batch_size, field_size=field_size)
+    reference_set, reference_features = looked_at, real_features
+    if references is not None and paired:
+        reference_set = all_references.with_pictures(paired)
+        reference_features = extract(reference_set, space, batch_size=batch_size, field_size=field_size)
 
     counted = real_features.picture_of < len(real_set)
     real_values, synthetic_values = real_features.values[counted], synthetic_features.values
@@ -117,7 +125,7 @@ def evaluate(
             real_values, synthetic_values, groups, seed, kernel_subset_size, kernel_subsets
         )
     figures, similarity = _pairs(
-        found, found_by, with_extra, synthetic_set, real_features, synthetic_features, asked=pairs
+        found, found_by, reference_set, synthetic_set, reference_features, synthetic_features, asked=pairs
     )
     description = space.describe()
     generator = _generator_of(synthetic_set)
@@ -135,6 +143,7 @@ def evaluate(
         settings={
             "field_size": field_size,
             "max_images": max_images,
+            "references": None if references is None else str(references),
             "seed": seed,
             "split_unit": unit,
             "num_splits": NUM_SPLITS,
@@ -149,7 +158,7 @@ def evaluate(
         files=[str(out.with_suffix(ending)) for ending in (".json", ".md", ".png", ".html")],
     )
     plot = draw_plot(real_values, synthetic_values, measures, similarity, space.name, seed)
-    _write(report, out, plot, real_set, synthetic_set, with_extra, found, seed)
+    _write(report, out, plot, real_set, synthetic_set, reference_set, found, seed)
     return report
 
 
@@ -173,12 +182,21 @@ def _field_of_store(real: PictureSet, synthetic: PictureSet) -> int | None:
     return side if side < tile_size and tile_size % side == 0 else None
 
 
+def _check_references(references: Sequence[Picture], field_size: int | None) -> None:
+    small = [each for each in references if field_size and min(each.height, each.width) < field_size]
+    if small:
+        raise EvaluationError(
+            f"the reference {small[0].name} ({small[0].width} x {small[0].height}) is smaller than a field "
+            f"of {field_size} px. Choose a smaller field_size, or leave pairs out with --set pairs=false."
+        )
+
+
 def _pairs(
     found: Sequence[tuple[Picture, Picture]],
     found_by: str | None,
-    real: PictureSet,
+    references: PictureSet,
     synthetic: PictureSet,
-    real_features: Features,
+    reference_features: Features,
     synthetic_features: Features,
     asked: bool,
 ) -> tuple[PairFigures, PairSimilarity | None]:
@@ -187,16 +205,16 @@ def _pairs(
     if not found or found_by is None:
         reason = (
             "No pairs: no synthetic picture names a reference ('like' in its record) that is among the real "
-            "ones, and no file names agree."
+            "ones, and no file names agree. Say where they are with references."
         )
         return PairFigures(0, 0, None, reason=reason), None
-    place_of = {picture.name: place for place, picture in enumerate(real.pictures)}
+    place_of = {picture.name: place for place, picture in enumerate(references.pictures)}
     own_place_of = {picture.name: place for place, picture in enumerate(synthetic.pictures)}
     names = list(dict.fromkeys(reference.name for reference, _ in found))
     reference_of = np.array([names.index(reference.name) for reference, _ in found])
     return compare_pairs(
         _mean_per_picture(synthetic_features, [own_place_of[picture.name] for _, picture in found]),
-        _mean_per_picture(real_features, [place_of[name] for name in names]),
+        _mean_per_picture(reference_features, [place_of[name] for name in names]),
         reference_of,
         found_by,
     )
@@ -308,7 +326,7 @@ def _write(
     plot: bytes,
     real: PictureSet,
     synthetic: PictureSet,
-    with_extra: PictureSet,
+    references: PictureSet,
     pairs: Sequence[tuple[Picture, Picture]],
     seed: int,
 ) -> None:
@@ -320,7 +338,7 @@ def _write(
 
     chosen = sorted(rng.choice(len(pairs), min(_PAIRS_SHOWN, len(pairs)), replace=False)) if pairs else []
     pair_examples = [
-        (_example(with_extra, pairs[row][0]), _example(synthetic, pairs[row][1])) for row in chosen
+        (_example(references, pairs[row][0]), _example(synthetic, pairs[row][1])) for row in chosen
     ]
     page = html_page(report, plot, shown(real, _EXAMPLES), shown(synthetic, _EXAMPLES), pair_examples)
     with write_whole(out.with_suffix(".png")) as temporary:
