@@ -285,16 +285,27 @@ def test_another_codec_under_the_same_name_is_refused(store, tmp_path):
     [
         ({}, ModelError, "name an autoencoder"),
         ({"encoder": "stain-texture", "field_size": 100}, StoreMismatch, "no whole number of 100 px fields"),
+        ({"encoder": "stain-texture", "field_size": 0}, StoreMismatch, "no whole number of 0 px fields"),
         ({"encoder": "stain-texture", "device": "cuda:77"}, ModelError, "cuda:77"),
         ({"encoder": "stain-texture", "embeddings_column": "../x"}, StoreError, "cannot be the name"),
         ({"encoder": "stain-texture", "precision": "int4"}, ModelError, "fp32, bf16, fp16"),
     ],
-    ids=["nothing named", "field size", "device", "column name", "precision"],
+    ids=["nothing named", "field size", "no field", "device", "column name", "precision"],
 )
 def test_a_wrong_option_is_one_clear_error(store, options, error, message):
     with pytest.raises(error, match=message):
         encode_store(store, **options)
     assert TileStore.open(store).columns() == ["images"]
+
+
+def test_what_can_be_refused_is_refused_before_any_work(store, codec):
+    """A missing encoder is found before the first latent is computed."""
+    with pytest.raises(ModelError, match="there is no encoder"):
+        encode_store(store, codec=str(codec), encoder="no-such-encoder")
+    encode_store(store, encoder="stain-texture")
+    with pytest.raises(StoreMismatch, match="field_size"):
+        encode_store(store, codec=str(codec), encoder="stain-texture", field_size=128)
+    assert TileStore.open(store).columns() == ["images", "embeddings-stain-texture"]
 
 
 def test_values_that_half_precision_cannot_hold_are_refused(store, tmp_path):

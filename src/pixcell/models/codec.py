@@ -129,6 +129,11 @@ class LatentCodec:
         """Where it runs."""
         return next(self.vae.parameters()).device
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device."""
+        self.vae.to(device)
+        return self
+
     @property
     def dtype(self) -> torch.dtype:
         """Number format it computes in."""

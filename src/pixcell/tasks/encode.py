@@ -123,7 +123,7 @@ def encode_store(
             "--encoder stain-texture needs no weights."
         )
     opened = TileStore.open(store)
-    if opened.tile_size % field_size:
+    if field_size < 1 or opened.tile_size % field_size:
         raise StoreMismatch(
             f"tiles of {opened.tile_size} px in {store} are no whole number of {field_size} px fields. "
             "Choose a --field-size that divides them."
@@ -131,19 +131,22 @@ def encode_store(
     where, dtype = choose_device(device), dtype_of(precision)
     tiles_at_once = max(1, batch_size * 256**2 // opened.tile_size**2)
     run = _Run(opened, tiles_at_once, workers or default_workers(), [])
-    columns = []
-    # One model after the other: two large ones need not fit on the device together.
+    # Everything that can be refused is refused before the first slide, not after hours of the first column.
+    targets = []
     if codec is not None:
-        loaded = _load_codec(codec, download, where, dtype)
-        columns.append(run.encode(_latents_of(loaded, opened, field_size, precision, latents_column)))
-        del loaded
+        loaded = _load_codec(codec, download, dtype)
+        targets.append(_latents_of(loaded, opened, field_size, precision, latents_column))
     if encoder is not None:
-        described = load_encoder(
-            encoder, weights=encoder_weights, download=download, device=where, dtype=dtype
-        )
-        columns.append(
-            run.encode(_embeddings_of(described, opened, field_size, precision, embeddings_column))
-        )
+        described = load_encoder(encoder, weights=encoder_weights, download=download, dtype=dtype)
+        targets.append(_embeddings_of(described, opened, field_size, precision, embeddings_column))
+    for target in targets:
+        run.check_maker(target)
+    columns = []
+    for target in targets:
+        # One after the other: two large models need not fit on the device together.
+        target.model.to(where)
+        columns.append(run.encode(target))
+        target.model.to("cpu")
     run.report_failures()
     return EncodeResult(store, columns)
 
@@ -156,20 +159,21 @@ class _Target:
     """A column to be filled: its description, and the function from tiles to records."""
 
     column: str
+    model: LatentCodec | Encoder
     shape: tuple[int, ...]
     made_by: Mapping[str, Any]
     records: Callable[[torch.Tensor], torch.Tensor]
     """(batch, 3, height, width) uint8 to (batch, *shape)."""
 
 
-def _load_codec(place: str, download: bool, device: torch.device, dtype: torch.dtype) -> LatentCodec:
+def _load_codec(place: str, download: bool, dtype: torch.dtype) -> LatentCodec:
     path = Path(place)
     if (path / "recipe.yaml").is_file() or (path / "checkpoint.json").is_file():
         checkpoint = Checkpoint.find(path)
         checkpoint.verify()
         name = path.resolve().name
-        return LatentCodec.from_pretrained(checkpoint.pipeline, name=name, device=device, dtype=dtype)
-    return LatentCodec.from_pretrained(place, download=download, device=device, dtype=dtype)
+        return LatentCodec.from_pretrained(checkpoint.pipeline, name=name, dtype=dtype)
+    return LatentCodec.from_pretrained(place, download=download, dtype=dtype)
 
 
 def _latents_of(
@@ -195,7 +199,7 @@ def _latents_of(
         "precision": precision,
     }
     shape = (side, side, channels, cells, cells)
-    return _Target(column or f"latents-{_slug(codec.name)}", shape, made_by, records)
+    return _Target(column or f"latents-{_slug(codec.name)}", codec, shape, made_by, records)
 
 
 def _embeddings_of(
@@ -213,7 +217,9 @@ def _embeddings_of(
         "source": "images",
         "precision": precision,
     }
-    return _Target(column or f"embeddings-{_slug(encoder.name)}", (side, side, encoder.dim), made_by, records)
+    return _Target(
+        column or f"embeddings-{_slug(encoder.name)}", encoder, (side, side, encoder.dim), made_by, records
+    )
 
 
 def _slug(name: str) -> str:
@@ -233,7 +239,6 @@ class _Run:
 
     def encode(self, target: _Target) -> ColumnSummary:
         """Fill a column; slides that fail are noted and left out."""
-        self._check_maker(target)
         slides = self.store.slide_ids()
         pending = [slide_id for slide_id in slides if not self.store.has(target.column, slide_id)]
         started, num_encoded, num_tiles = time.monotonic(), 0, 0
@@ -267,8 +272,14 @@ class _Run:
         failed = [(f"{slide_id} ({column})", reason) for column, slide_id, reason in self.failures]
         raise SomeFailed("slides", failed, path)
 
-    def _check_maker(self, target: _Target) -> None:
-        """Refuse before any work what the store would refuse at the first slide."""
+    def check_maker(self, target: _Target) -> None:
+        """Refuse before any work what the store would refuse at the first slide.
+
+        Raises:
+            StoreMismatch: If the column was made by something else; names what differs.
+            StoreError: If the column cannot have that name.
+        """
+        self.store.shard_path(target.column, "any")
         for slide_id in self.store.slide_ids(target.column)[:1]:
             stored = read_sidecar(self.store.shard_path(target.column, slide_id))
             found = differences(
