@@ -262,7 +262,7 @@ def test_the_prostate_section_keeps_its_tissue_and_loses_its_pen(shared_data):
     from pixcell.data.slides import Slide
 
     with Slide.open(shared_data / "wsi" / "prostate_whole_section_lowres.tiff", source_mpp=8.0) as slide:
-        where = find_tissue(slide.thumbnail(), slide.width / 2048, slide.mpp)
+        where = find_tissue(slide.thumbnail(1024), slide.width / 1024, slide.mpp)
         height, width = slide.height, slide.width
 
     def box(x: float, y: float) -> Box:

@@ -139,8 +139,8 @@ def sharpness_of(image: np.ndarray) -> float:
 
     With ``v(k)`` the mean squared difference of pixels ``k`` apart, it is
     ``6 (v(2) - v(1)) / (v(7) - v(1))``: 1 where ``v`` grows in a straight line, as at edges, and 0.37 where
-    it grows as a square, as in a blur. A ratio does not depend on contrast or on how much of the tile is glass,
-    and white noise adds the same to every ``v`` and cancels.
+    it grows as a square, as in a blur. A ratio does not depend on contrast or on how much of the tile is
+    glass, and white noise adds the same to every ``v`` and cancels.
 
     Measured on tissue: 0.9 to 2.5 at 0.5 mpp, 0.65 to 1.1 at 0.25 mpp; blurred with a sigma of three
     pixels 0.43 to 0.55, out-of-focus ink 0.4. The green channel is used, where haematoxylin and eosin
