@@ -24,19 +24,15 @@ quick = [
     f"data.store={out / 'store'}",
 ]
 small_codec = ["model.channels=[16,16]", "model.num_blocks=1"]
-codec = train(load_recipe(TrainRecipe, "nano-codec", [*quick, *small_codec]), out / "codec")
+codec = train(load_recipe(TrainRecipe, "nano-codec", [*quick, *small_codec]), out / "nano-codec")
 print(f"autoencoder: {codec.checkpoint}")
 
-encode_store(
-    out / "store",
-    codec=str(codec.run),
-    encoder="stain-texture",
-    latents_column="latents-tiny",
-    embeddings_column="embeddings-tiny",
-)
+# nano sees fields of 128 px, so latents and embeddings are made of such fields.
+encode_store(out / "store", codec=str(codec.run), encoder="stain-texture", field_size=128)
 
 small_model = ["model.num_layers=2", "model.num_attention_heads=2", "model.attention_head_dim=16"]
-columns = ["data.latents=latents-tiny", "data.embeddings=embeddings-tiny", f"objective.codec={codec.run}"]
-run = train(load_recipe(TrainRecipe, "nano", [*quick, *columns, *small_model]), out / "run")
+run = train(
+    load_recipe(TrainRecipe, "nano", [*quick, f"objective.codec={codec.run}", *small_model]), out / "nano"
+)
 print(f"diffusion model: {run.checkpoint}, loss {run.loss}")
 print(f"what it makes of held-out tissue: {run.preview}")

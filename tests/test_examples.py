@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMISES = {
     "01_read_a_slide.py": (["drawn.tiff", "."], ["centre-0.5mpp.png", "centre-1mpp.png"]),
     "02_tile_a_slide.py": (["."], ["first-tile.png", "store/store.json"]),
-    "03_train_tiny.py": (["."], ["codec/recipe.yaml", "run/metrics.jsonl"]),
+    "03_train_tiny.py": (["."], ["nano-codec/recipe.yaml", "nano/metrics.jsonl"]),
 }
 
 

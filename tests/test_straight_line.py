@@ -45,11 +45,9 @@ def walked(tmp_path_factory) -> Path:
     draw_slide(place / "slides" / "case 1.tiff", 2048, 2048, seed=3)
     tile_slides(place / "slides", place / "store", load_recipe(TilingRecipe, "tiles-256"), workers=1)
     store = f"data.store={place / 'store'}"
-    train(load_recipe(TrainRecipe, "nano-codec", [store, *TINY_CODEC]), place / "codec")
-    encode_store(
-        place / "store", codec=str(place / "codec"), encoder="stain-texture", latents_column="latents-nano"
-    )
-    overrides = [store, "data.latents=latents-nano", f"objective.codec={place / 'codec'}", *TINY_MODEL]
+    train(load_recipe(TrainRecipe, "nano-codec", [store, *TINY_CODEC]), place / "nano-codec")
+    encode_store(place / "store", codec=str(place / "nano-codec"), encoder="stain-texture", field_size=128)
+    overrides = [store, f"objective.codec={place / 'nano-codec'}", *TINY_MODEL]
     train(load_recipe(TrainRecipe, "nano", overrides), place / "run")
     like = place / "like.png"
     _save_first_tile(place / "store", like)
@@ -75,7 +73,7 @@ def test_the_line_ends_in_pictures_that_say_what_they_are(walked):
         assert record["seed"] == 1
         assert record["index"] == index
         with Image.open(picture) as image:
-            assert image.size == (256, 256)
+            assert image.size == (128, 128)
 
 
 def test_the_line_ends_in_a_report_that_says_how_it_was_made(walked):
@@ -91,7 +89,7 @@ def test_every_stop_of_the_line_can_be_inspected(walked):
     for place in (
         "slides/case 1.tiff",
         "store",
-        "codec",
+        "nano-codec",
         "run",
         "like.png",
         "samples/00000_like.png",
@@ -107,9 +105,7 @@ def test_walking_again_changes_nothing(walked):
 
     before = {path: path.read_bytes() for path in walked.rglob("*") if path.suffix in (".h5", ".npy", ".png")}
     tile_slides(walked / "slides", walked / "store", load_recipe(TilingRecipe, "tiles-256"), workers=1)
-    encode_store(
-        walked / "store", codec=str(walked / "codec"), encoder="stain-texture", latents_column="latents-nano"
-    )
+    encode_store(walked / "store", codec=str(walked / "nano-codec"), encoder="stain-texture", field_size=128)
     sample(
         str(walked / "run"),
         walked / "samples",

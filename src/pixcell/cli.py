@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
-from pydantic import create_model
+from pydantic import ConfigDict, create_model
 from typer import Argument, Option
 
 from pixcell.config import Config, load_recipe, parse_recipe
@@ -323,6 +323,12 @@ def encoders() -> None:
     results.print(encoder_table())
 
 
+class _Options(Config):
+    """Arguments of a task; some may be objects that only Python code can give."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
 def _call(task: Callable[..., Any], given: dict[str, Any], overrides: list[str] | None) -> Any:
     """Call a task with its keyword arguments checked; ``--set`` reaches those that have no flag."""
     hints = get_type_hints(task)
@@ -330,6 +336,6 @@ def _call(task: Callable[..., Any], given: dict[str, Any], overrides: list[str] 
         name: (hints[name], ... if parameter.default is signatures.Parameter.empty else parameter.default)
         for name, parameter in signatures.signature(task).parameters.items()
     }
-    kind: type[Config] = create_model(f"{task.__name__} options", __base__=Config, **fields)  # type: ignore[call-overload]
+    kind: type[Config] = create_model("Options", __base__=_Options, **fields)  # type: ignore[call-overload]
     options = parse_recipe(kind, given, overrides or (), source=f"pixcell {task.__name__}")
     return task(**{name: getattr(options, name) for name in fields})

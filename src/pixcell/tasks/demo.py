@@ -98,23 +98,16 @@ def demo(
     console.print(f"  {num_tiles} tiles. Kept and dropped ones are marked in {store / 'qc'}.", markup=False)
 
     _say(3, f"Training a small autoencoder ({codec_steps} steps): pictures to latents and back.")
-    codec = out / "runs" / "codec"
+    codec = out / "runs" / "nano-codec"
     common = [f"data.store={store}", f"data.held_out={_HELD_OUT}", f"trainer.seed={seed}"]
     train(load_recipe(TrainRecipe, "nano-codec", [*common, *_lasting(codec_steps)]), codec)
 
     _say(4, "Encoding the tiles: latents, and embeddings that say what tissue each shows.")
-    encode_store(
-        store,
-        codec=str(codec),
-        encoder="stain-texture",
-        latents_column="latents-demo",
-        embeddings_column="embeddings-demo",
-    )
+    encode_store(store, codec=str(codec), encoder="stain-texture", field_size=128)
 
     _say(5, f"Training a tiny diffusion model ({steps} steps). This is the long part.")
-    run = out / "runs" / "model"
-    columns = ["data.latents=latents-demo", "data.embeddings=embeddings-demo", f"objective.codec={codec}"]
-    train(load_recipe(TrainRecipe, "nano", [*common, *columns, *_lasting(steps)]), run)
+    run = out / "runs" / "nano"
+    train(load_recipe(TrainRecipe, "nano", [*common, f"objective.codec={codec}", *_lasting(steps)]), run)
 
     _say(6, f"Generating {count} pictures, each in the likeness of a tile that training did not see.")
     references = _held_out_tiles(TileStore.open(store), out / "references")
@@ -143,7 +136,7 @@ def _lasting(steps: int) -> list[str]:
 
 
 def _held_out_tiles(store: TileStore, folder: Path) -> list[Path]:
-    """Save as pictures the tiles that both trainings held out (a tile is one field here)."""
+    """Save as pictures the tiles that the autoencoder held out."""
     places = [
         (slide_id, tile) for slide_id in store.slide_ids() for tile in range(_num_tiles(store, slide_id))
     ]
