@@ -15,7 +15,6 @@ from golden_vectors import FOLDER, load, weights
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.codec import LatentCodec, to_uint8, to_unit
-from pixcell.models.weights import dtype_of
 
 
 def kl(**changes):
@@ -125,11 +124,6 @@ def test_what_is_no_autoencoder_of_pictures_is_refused():
 def test_half_precision_that_would_overflow_is_refused():
     with pytest.raises(ModelError, match="bf16"):
         LatentCodec(kl(force_upcast=True), "vae", dtype=torch.float16)
-
-
-def test_an_unknown_precision_names_the_known_ones():
-    with pytest.raises(ModelError, match="fp32, bf16, fp16"):
-        dtype_of("int8")  # type: ignore[arg-type]
 
 
 # ── decoding ─────────────────────────────────────────────────────────────────────────────────────────

@@ -104,7 +104,7 @@ def test_the_architecture_returns_the_published_embedding(tiny_weights):
 def test_a_1024_tile_gives_16_embeddings_row_by_row():
     """Row 0 at the top, column 0 at the left, as in the published cut."""
     tensors, _ = load("uni_preprocess")
-    spec = replace(TINY, dim=3, resize=None, mean=(0, 0, 0), std=(1, 1, 1))
+    spec = replace(TINY, dim=3, resize=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     class MeanColour(torch.nn.Module):
         def forward(self, images):

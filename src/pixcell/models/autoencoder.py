@@ -14,6 +14,7 @@ norm before the last layers hides brightness and hue at first, and four minutes 
 The methods are those of diffusers' ``AutoencoderKL``, so one takes the place of the other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class TissueAutoencoder(ModelMixin, ConfigMixin):
     def __init__(
         self,
         latent_channels: int = 16,
-        channels: tuple[int, int] = (64, 128),
+        channels: Sequence[int] = (64, 128),
         num_blocks: int = 3,
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,

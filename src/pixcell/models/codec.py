@@ -17,7 +17,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers.models import autoencoders
@@ -105,7 +105,7 @@ class LatentCodec:
         download: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> Self:
+    ) -> "LatentCodec":
         """Load an autoencoder from a folder, or by name.
 
         Args:
@@ -129,7 +129,7 @@ class LatentCodec:
         """Where it runs."""
         return next(self.vae.parameters()).device
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "LatentCodec":
         """Move to a device."""
         self.vae.to(device)
         return self

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torchvision.transforms.v2.functional as tvf
@@ -55,7 +55,7 @@ class Encoder:
         self.module = module.eval().requires_grad_(False)
         self.to(device, dtype)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Encoder":
         """Move to a device, and with ``dtype`` to another number format."""
         self.device = torch.device(device)
         # The formula of stain-texture takes differences of near-equal numbers: float32, whatever is asked.
