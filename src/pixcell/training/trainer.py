@@ -156,30 +156,27 @@ class Trainer:
     ) -> Outcome:
         config = self.config
         window = _Window()
-        loss = samples_per_s = None
+        loss = samples_per_s = note = None
         stopped = False
         for batches in self._steps():
             rate = learning_rate(self.optimizer_config, self.step, config.steps)
+            started = time.monotonic()
             parts, gradient_norm, stopped = self._take_step(batches, rate, stop)
-            window.add(parts, config.batch_size)
+            window.add(parts, config.batch_size, time.monotonic() - started)
+            self.seconds += time.monotonic() - started
             if self.step % config.log_every == 0 or self.step == config.steps:
-                figures, seconds = window.summary()
-                self.seconds += seconds
+                figures = window.summary()
                 loss, samples_per_s = figures["loss"], figures["samples_per_s"]
                 figures |= {"lr": rate, "gradient_norm": gradient_norm, "seconds": self.seconds}
                 figures["epoch"] = self.step * config.batch_size / self.order.num_samples
                 if metrics:
                     metrics.write(self.step, figures)
                 window = _Window()
-                advance(
-                    0,
-                    note=f"loss {loss:.4f}, lr {rate:.2g}, gradient {gradient_norm:.2g}, "
-                    f"{samples_per_s:.1f} images/s",
-                )
-            advance(1)
+                speed = f"{samples_per_s:.1f} images/s"
+                note = f"loss {loss:.4f}, lr {rate:.2g}, gradient {gradient_norm:.2g}, {speed}"
+            advance(1, note=note)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
                 self._save(metrics)
-                window.started = time.monotonic()  # previews are no training time
             if stopped:
                 break
         assert self.last_checkpoint is not None
@@ -412,22 +409,22 @@ class _Drawn(Dataset[dict[str, Any]]):
 
 
 class _Window:
-    """Figures since the last log line."""
+    """Figures since the last log line. Checkpoints and previews are no training time."""
 
     def __init__(self) -> None:
-        self.started, self.steps, self.samples = time.monotonic(), 0, 0
+        self.steps, self.samples, self.seconds = 0, 0, 0.0
         self.totals: dict[str, float] = {}
 
-    def add(self, parts: Mapping[str, float], samples: int) -> None:
+    def add(self, parts: Mapping[str, float], samples: int, seconds: float) -> None:
         self.steps += 1
         self.samples += samples
+        self.seconds += seconds
         for name, part in parts.items():
             self.totals[name] = self.totals.get(name, 0.0) + part
 
-    def summary(self) -> tuple[dict[str, float], float]:
-        seconds = time.monotonic() - self.started
+    def summary(self) -> dict[str, float]:
         means = {name: total / self.steps for name, total in self.totals.items()}
-        return {**means, "samples_per_s": self.samples / max(seconds, 1e-9)}, seconds
+        return {**means, "samples_per_s": self.samples / max(self.seconds, 1e-9)}
 
 
 class _StopSignals:
