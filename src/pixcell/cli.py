@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from pixcell.config import Config, load_recipe, parse_recipe
 from pixcell.console import console, results, set_up_logging
-from pixcell.errors import PixCellError
+from pixcell.errors import PixCellError, SomeFailed
 
 __all__ = ["app", "main"]
 
@@ -41,6 +41,8 @@ def main() -> None:
     try:
         app()
     except PixCellError as error:
+        if isinstance(error, SomeFailed) and error.result is not None:
+            results.print(error.result)
         console.print("[bold red]Error:[/]", style="red", end=" ")
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)

@@ -26,6 +26,7 @@ Mistakes of a programmer stay ``ValueError`` and ``TypeError``.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "CorruptShard",
@@ -161,14 +162,22 @@ class SomeFailed(PixCellError):
 
     exit_code = 1
 
-    def __init__(self, what: str, failures: Sequence[tuple[str, str]], table: Path | None = None) -> None:
-        """List the items that failed with their reasons, and where the table of them is."""
+    def __init__(
+        self,
+        what: str,
+        failures: Sequence[tuple[str, str]],
+        table: Path | None = None,
+        result: object | None = None,
+    ) -> None:
+        """List the items that failed with their reasons, where the table of them is, and what was done."""
         listed = "; ".join(f"{name}: {reason}" for name, reason in failures[:3])
         more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
         where = f" All are listed in {table}." if table else ""
-        super().__init__(f"{len(failures)} {what} failed ({listed}{more}). The others are done.{where}")
-        self.what, self.failures, self.table = what, list(failures), table
+        super().__init__(
+            f"{len(failures)} of the {what} failed ({listed}{more}). The others are done.{where}"
+        )
+        self.what, self.failures, self.table, self.result = what, list(failures), table, result
 
-    def __reduce__(self) -> tuple[type, tuple[str, Sequence[tuple[str, str]], Path | None]]:
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """Errors travel between processes; the default pickling keeps only the message."""
-        return type(self), (self.what, self.failures, self.table)
+        return type(self), (self.what, self.failures, self.table, self.result)

@@ -98,7 +98,7 @@ def _map_processes(
                     except Exception as error:  # noqa: BLE001 - a result that does not pickle, say
                         yield Failed(item, error)
         finally:
-            # A caller that stops early (the disk is full, Ctrl-C) waits for the slides in flight, not for all.
+            # A caller that stops early (full disk, Ctrl-C) waits for the slides in flight, not for all.
             for future in waiting:
                 future.cancel()
     # A dead worker breaks the whole pool. Each unfinished item gets one try in a process of its own,

@@ -157,7 +157,8 @@ def tile_slides(
     failures = store / "reports" / "tiling-failures.csv"
     if failed:
         _write_table(failures, failed)
-        raise SomeFailed("slides", [(each.slide, each.reason) for each in failed], failures)
+        reasons = [(each.slide, each.reason) for each in failed]
+        raise SomeFailed("slides", reasons, failures, TilingResult(store, summaries))
     failures.unlink(missing_ok=True)
     return TilingResult(store, summaries)
 
