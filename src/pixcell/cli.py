@@ -51,16 +51,22 @@ def main() -> None:
         sys.exit(130)
 
 
-@app.callback()
-def _before(
-    verbose: Annotated[bool, Option("--verbose", "-v", help="Say more while working.")] = False,
-    version: Annotated[bool, Option("--version", help="Show the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from pixcell import __version__
 
         print(f"pixcell {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _before(
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Say more while working.")] = False,
+    version: Annotated[
+        bool,
+        Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
     set_up_logging(verbose)
 
 
@@ -218,6 +224,9 @@ def evaluate(
         "report.json"
     ),
     extractor_weights: Annotated[Path | None, Option(help="The extractor's weights on disk.")] = None,
+    references: Annotated[
+        Path | None, Option(help="The pictures given as --like, if they are not among REAL.")
+    ] = None,
     device: Annotated[Device, Option(help="Where the networks run.")] = "auto",
     set_: Overrides = None,
 ) -> None:
@@ -235,6 +244,7 @@ def evaluate(
                 "synthetic": synthetic,
                 "extractor": extractor,
                 "extractor_weights": extractor_weights,
+                "references": references,
                 "out": out,
                 "device": device,
             },

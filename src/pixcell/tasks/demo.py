@@ -116,7 +116,7 @@ def demo(
 
     _say(7, "Comparing generated with real pictures.")
     report = out / "report.json"
-    evaluate(store, samples, extractor="stain-texture", out=report)
+    evaluate(store, samples, extractor="stain-texture", references=out / "references", out=report)
     console.print(
         "Done. A model of this size, trained for minutes, makes soft pictures with the right colours: "
         "it shows that the line works, not what the method can do.",

@@ -1,0 +1,82 @@
+"""The command line: instant help with an example, one clear line for a user's error."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from pixcell.cli import app
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pixcell", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Example: pixcell" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tile", "no-such-slides", "store"], "no-such-slides"),
+        (["tile", ".", "store", "--recipe", "tiles-2x"], "no recipe 'tiles-2x'"),
+        (["tile", ".", "store", "--set", "tiling.tile_sise=4"], "Did you mean 'tile_size'"),
+        (["train", "nano", "--set", "trainer.stepz=4"], "Did you mean 'steps'"),
+        (["encode", "no-such-store", "--encoder", "stain-texture"], "no-such-store"),
+        (["sample", "no-such-run", "--out", "samples", "--unconditional"], "no-such-run"),
+        (["sample", "no-such-run", "--out", "samples", "--set", "stepz=4"], "Did you mean 'steps'"),
+        (["evaluate", "a", "b", "--extractor", "stain-texture"], "a"),
+        (["inspect", "no-such-thing"], "no-such-thing"),
+        (["import", "no-such-folder", "store"], "no-such-folder"),
+        (["export", "no-such-store", "folder"], "no-such-store"),
+        (["demo", "out", "--slides", "no-such-slide.svs"], "no-such-slide.svs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    from pixcell import cli
+
+    printed: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pixcell", *arguments])
+    monkeypatch.setattr(cli.console, "print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert message in printed[-1]
+    assert "Traceback" not in " ".join(printed)
+    assert not list(tmp_path.iterdir()), "a command that fails at once leaves nothing behind"
+
+
+def test_the_module_and_its_exit_code_work_from_a_shell(tmp_path):
+    ended = run("inspect", str(tmp_path / "nothing"))
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("Error:")
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_option_that_does_not_exist_is_a_usage_error():
+    assert run("tile", "--no-such-option").returncode == 2
+
+
+def test_version_is_that_of_the_package():
+    import pixcell
+
+    assert run("--version").stdout == f"pixcell {pixcell.__version__}\n"
+
+
+def test_encoders_are_listed_with_their_licence():
+    ended = run("encoders")
+    assert ended.returncode == 0
+    assert "stain-texture" in ended.stdout
+    assert "licence" in ended.stdout.lower()
