@@ -4,7 +4,8 @@ Side by side: the thumbnail, the mask over it, and the fate of every tile. Meant
 through hundreds of them.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +52,18 @@ def draw_overlay(
     canvas = Image.new("RGB", (3 * size[0] + 4 * margin, size[1] + header + margin), "white")
     for column, panel in enumerate(panels):
         canvas.paste(panel, (margin + column * (size[0] + margin), header))
-    _label(canvas, title, candidates, margin)
+    _label(canvas, title, Counter(candidate.verdict for candidate in candidates), margin)
     return canvas
 
 
-def draw_examples(examples: Sequence[tuple[np.ndarray, Candidate]], title: str) -> Image.Image:
+def draw_examples(
+    examples: Sequence[tuple[np.ndarray, Candidate]], counts: Mapping[Verdict, int], title: str
+) -> Image.Image:
     """Draw ready-made tiles in rows, framed by their fate.
 
     Args:
         examples: Small pictures, (side, side, 3) uint8, all of one size, with their candidates.
+        counts: Number of candidates per verdict, of all of them.
         title: A line above, such as the shard's id.
     """
     side = examples[0][0].shape[0] if examples else 1
@@ -74,7 +78,7 @@ def draw_examples(examples: Sequence[tuple[np.ndarray, Candidate]], title: str) 
         draw.rectangle(
             (x - 3, y - 3, x + side + 2, y + side + 2), outline=_COLOURS[candidate.verdict], width=3
         )
-    _label(canvas, title, [candidate for _, candidate in examples], margin)
+    _label(canvas, title, counts, margin)
     return canvas
 
 
@@ -109,15 +113,14 @@ def _tiled(plain: Image.Image, candidates: Sequence[Candidate], ratio: float) ->
     return panel
 
 
-def _label(canvas: Image.Image, title: str, candidates: Sequence[Candidate], margin: int) -> None:
+def _label(canvas: Image.Image, title: str, counts: Mapping[Verdict, int], margin: int) -> None:
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(18)
     # Pillow's own font knows Latin letters only; others would be empty boxes.
     shown = "".join(letter if ord(letter) < 0x250 else "·" for letter in title)
     draw.text((margin, 4), shown, fill="black", font=font)
     x = margin
     for verdict in VERDICTS:
-        number = sum(candidate.verdict == verdict for candidate in candidates)
         draw.rectangle((x, 32, x + 14, 46), fill=_COLOURS[verdict])
-        text = f"{verdict} {number}"
+        text = f"{verdict} {counts.get(verdict, 0)}"
         draw.text((x + 20, 28), text, fill="black", font=font)
         x += round(44 + draw.textlength(text, font=font))

@@ -151,7 +151,7 @@ class ImageCutter:
         return "blurred" if sharpness < self.config.min_sharpness else "kept"
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[Verdict, int]:
         """Number of candidates per verdict."""
         return {verdict: self._verdicts[verdict] for verdict in VERDICTS}
 

@@ -143,9 +143,10 @@ class Candidate:
 def tile_grid(area: Box, source_mpp: float, config: TilingConfig) -> list[Box]:
     """Return the places of tiles in an area, in level-0 pixels, row by row.
 
-    >>> config = TilingConfig(mpp=0.5, tile_size=128)
-    >>> [(box.x, box.y, box.width) for box in tile_grid(Box(0, 0, 600, 300), 0.25, config)]
-    [(44, 22, 256), (300, 22, 256)]
+    Examples:
+        >>> config = TilingConfig(mpp=0.5, tile_size=128)
+        >>> [(box.x, box.y, box.width) for box in tile_grid(Box(0, 0, 600, 300), 0.25, config)]
+        [(44, 22, 256), (300, 22, 256)]
     """
     scale = scale_between(source_mpp, config.mpp)
     side, step = config.tile_size * scale, config.step * scale
@@ -337,7 +338,7 @@ class SlideCutter:
                 self.unreadable.append(unreadable)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[Verdict, int]:
         """Number of candidates per verdict."""
         found = Counter(candidate.verdict for candidate in self.candidates)
         return {verdict: found[verdict] for verdict in VERDICTS}

@@ -227,7 +227,10 @@ def _tile_images(job: _Job, store: TileStore) -> SlideSummary:
     def tiles() -> Any:
         yield from cutter
         facts.update(cutter.facts(fingerprint))
-        save_overlay(job.store / "qc" / f"{job.slide_id}.jpg", draw_examples(cutter.examples, job.slide_id))
+        save_overlay(
+            job.store / "qc" / f"{job.slide_id}.jpg",
+            draw_examples(cutter.examples, cutter.counts, job.slide_id),
+        )
         if not cutter.counts["kept"]:
             raise cutter.no_tissue()
 
