@@ -53,12 +53,13 @@ def write_whole(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: If the place is read-only, full or not a folder.
 
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> with write_whole(folder / "a.txt") as temporary:
-    ...     _ = temporary.write_text("whole")
-    >>> (folder / "a.txt").read_text(), len(list(folder.iterdir()))
-    ('whole', 1)
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with write_whole(folder / "a.txt") as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> (folder / "a.txt").read_text(), len(list(folder.iterdir()))
+        ('whole', 1)
     """
     temporary = path.parent / f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}"
     with writing_to(path):

@@ -42,8 +42,9 @@ class Box:
     def intersection(self, other: "Box") -> "Box | None":
         """Return the common part, or None where there is none.
 
-        >>> Box(0, 0, 4, 4).intersection(Box(2, 3, 9, 9))
-        Box(x=2, y=3, width=2, height=1)
+        Examples:
+            >>> Box(0, 0, 4, 4).intersection(Box(2, 3, 9, 9))
+            Box(x=2, y=3, width=2, height=1)
         """
         x, y = max(self.x, other.x), max(self.y, other.y)
         width, height = min(self.right, other.right) - x, min(self.bottom, other.bottom) - y
@@ -61,8 +62,9 @@ class Box:
     def split(self, size: int) -> Iterator["Box"]:
         """Yield squares of ``size`` in row-major order. The box must be a whole number of them.
 
-        >>> [(b.x, b.y) for b in Box(0, 0, 4, 4).split(2)]
-        [(0, 0), (2, 0), (0, 2), (2, 2)]
+        Examples:
+            >>> [(b.x, b.y) for b in Box(0, 0, 4, 4).split(2)]
+            [(0, 0), (2, 0), (0, 2), (2, 2)]
         """
         if self.width % size or self.height % size:
             raise ValueError(f"{self.width} x {self.height} is not a whole number of {size}-pixel squares")
@@ -84,10 +86,11 @@ def window_starts(extent: int, size: int, stride: int) -> list[int]:
     Raises:
         ValueError: If a window does not fit, or the stride would leave gaps.
 
-    >>> window_starts(11, size=4, stride=3)
-    [0, 3, 6, 7]
-    >>> window_starts(4, size=4, stride=4)
-    [0]
+    Examples:
+        >>> window_starts(11, size=4, stride=3)
+        [0, 3, 6, 7]
+        >>> window_starts(4, size=4, stride=4)
+        [0]
     """
     if size > extent:
         raise ValueError(f"a window of {size} does not fit into {extent}")
@@ -105,10 +108,11 @@ def scale_between(source_mpp: float, target_mpp: float, tolerance: float = 0.01)
     Scanners state 0.4990 or 0.5021 where the objective is 20x; resampling for that blurs and gains nothing,
     so resolutions that differ by at most one percent count as equal.
 
-    >>> scale_between(0.25, 0.5)
-    2.0
-    >>> scale_between(0.499, 0.5)
-    1.0
+    Examples:
+        >>> scale_between(0.25, 0.5)
+        2.0
+        >>> scale_between(0.499, 0.5)
+        1.0
     """
     scale = target_mpp / source_mpp
     return 1.0 if math.isclose(scale, 1.0, rel_tol=tolerance) else scale
@@ -122,12 +126,13 @@ def level_for(scale: float, downsamples: Sequence[float], tolerance: float = 0.0
         downsamples: Level-0 pixels per pixel of each level, ascending, the first 1.
         tolerance: A level may be coarser than asked for by this share (rounded sizes of real pyramids).
 
-    >>> level_for(4.0, [1.0, 4.0003, 16.0])
-    1
-    >>> level_for(3.9, [1.0, 4.0, 16.0])
-    0
-    >>> level_for(0.5, [1.0, 4.0])
-    0
+    Examples:
+        >>> level_for(4.0, [1.0, 4.0003, 16.0])
+        1
+        >>> level_for(3.9, [1.0, 4.0, 16.0])
+        0
+        >>> level_for(0.5, [1.0, 4.0])
+        0
     """
     fitting = [level for level, factor in enumerate(downsamples) if factor <= scale * (1 + tolerance)]
     return max(fitting, key=lambda level: downsamples[level], default=0)

@@ -74,8 +74,9 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
 def hash_of(content: Any) -> str:
     """Return a short stable hash of an array, of bytes, or of anything JSON can say.
 
-    >>> hash_of({"b": 1, "a": [2]}) == hash_of({"a": [2], "b": 1})
-    True
+    Examples:
+        >>> hash_of({"b": 1, "a": [2]}) == hash_of({"a": [2], "b": 1})
+        True
     """
     digest = hashlib.sha256()
     if isinstance(content, np.ndarray):

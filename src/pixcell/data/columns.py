@@ -68,8 +68,9 @@ def read_sidecar(shard: Path) -> dict[str, Any]:
 def differences(stored: Any, given: Any, place: str = "") -> list[str]:
     """Say in words where two JSON-like values differ.
 
-    >>> differences({"mpp": 0.5, "size": 1}, {"mpp": 0.25, "size": 1})
-    ['mpp is 0.5 in the store and 0.25 here']
+    Examples:
+        >>> differences({"mpp": 0.5, "size": 1}, {"mpp": 0.25, "size": 1})
+        ['mpp is 0.5 in the store and 0.25 here']
     """
     if isinstance(stored, Mapping) and isinstance(given, Mapping):
         found = []

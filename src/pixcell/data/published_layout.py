@@ -7,7 +7,7 @@
 
 The published documentation puts the features beside the images, as above; the published code reads them under
 ``ROOT/features/`` with the same relative path. Both are read; the documented place is written unless the
-other is asked for. Going through a store and back is lossless: bytes of images, arrays, names, and their order.
+other is asked for. Going through a store and back is lossless: bytes of images, arrays, names and their order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -93,8 +93,9 @@ def import_slide(
 def _runs(positions: Iterable[int]) -> list[list[int]]:
     """Return ascending numbers as stretches of (first, count).
 
-    >>> _runs([3, 4, 5, 9])
-    [[3, 3], [9, 1]]
+    Examples:
+        >>> _runs([3, 4, 5, 9])
+        [[3, 3], [9, 1]]
     """
     runs: list[list[int]] = []
     for position in positions:

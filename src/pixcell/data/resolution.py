@@ -61,10 +61,11 @@ class Resolution:
     def stretch(self) -> tuple[float, float]:
         """Square pixels per stored pixel along x and y; (1, 1) where stored pixels count as square.
 
-        >>> Resolution.of(0.5, 0.25, "test").stretch
-        (2.0, 1.0)
-        >>> Resolution.of(0.2501, 0.2500, "test").stretch
-        (1.0, 1.0)
+        Examples:
+            >>> Resolution.of(0.5, 0.25, "test").stretch
+            (2.0, 1.0)
+            >>> Resolution.of(0.2501, 0.2500, "test").stretch
+            (1.0, 1.0)
         """
         if math.isclose(self.mpp_x, self.mpp_y, rel_tol=_SQUARE_TOLERANCE):
             return 1.0, 1.0
@@ -74,8 +75,9 @@ class Resolution:
 def from_objective(power: str | float | None, place: str) -> Resolution | None:
     """Guess from the objective alone: 10 microns over the power, for cameras with pixels of 10 microns.
 
-    >>> from_objective("40", "AppMag").mpp
-    0.25
+    Examples:
+        >>> from_objective("40", "AppMag").mpp
+        0.25
     """
     value = _number(power)
     if value is None or value <= 0:
@@ -157,8 +159,9 @@ def _ome_length(pixels: Any, axis: str) -> float | None:
 def microns_of(unit: object) -> float | None:
     """Return how many microns a unit is, or None for what is no length.
 
-    >>> microns_of("mm")
-    1000.0
+    Examples:
+        >>> microns_of("mm")
+        1000.0
     """
     text = str(unit).strip()
     if "\\u" in text:  # ImageJ escapes the micro sign

@@ -331,8 +331,9 @@ def _downsample(width: int, height: int, level_width: int, level_height: int) ->
     Pyramids halve and drop the remainder: 2967 becomes 1483 and 741. The true factor is then exactly 4, not
     2967/741; with the quotient, positions would drift by up to a level pixel across the slide.
 
-    >>> _downsample(2220, 2967, 555, 741)
-    (4.0, 4.0)
+    Examples:
+        >>> _downsample(2220, 2967, 555, 741)
+        (4.0, 4.0)
     """
     factors = []
     for full, reduced in ((width, level_width), (height, level_height)):

@@ -105,8 +105,9 @@ def noise_for(seed: int, index: int, shape: Sequence[int]) -> Float[Tensor, "...
 
     It is the first thing that :func:`generator_for` gives.
 
-    >>> bool((noise_for(1, 5, (4, 8, 8)) == noise_for(1, 5, (4, 8, 8))).all())
-    True
+    Examples:
+        >>> bool((noise_for(1, 5, (4, 8, 8)) == noise_for(1, 5, (4, 8, 8))).all())
+        True
     """
     return torch.randn(tuple(shape), generator=generator_for(seed, index))
 

@@ -233,9 +233,10 @@ def split_halves(
         groups: What each row must stay together with: its slide, or its picture.
         rng: Draws the order in which groups are dealt out.
 
-    >>> one, other = split_halves(["a", "a", "b", "b"], np.random.default_rng(0))
-    >>> sorted([one.tolist(), other.tolist()])
-    [[0, 1], [2, 3]]
+    Examples:
+        >>> one, other = split_halves(["a", "a", "b", "b"], np.random.default_rng(0))
+        >>> sorted([one.tolist(), other.tolist()])
+        [[0, 1], [2, 3]]
     """
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(groups):

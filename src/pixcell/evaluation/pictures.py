@@ -218,8 +218,9 @@ def reading(items: Sequence[Item], function: Callable[[Item], Value]) -> Iterato
 def fields_of(image: np.ndarray, field_size: int | None) -> list[np.ndarray]:
     """Cut a picture into a centred grid of whole squares, in row-major order. None: the picture itself.
 
-    >>> [part.shape for part in fields_of(np.zeros((300, 600, 3), np.uint8), 256)]
-    [(256, 256, 3), (256, 256, 3)]
+    Examples:
+        >>> [part.shape for part in fields_of(np.zeros((300, 600, 3), np.uint8), 256)]
+        [(256, 256, 3), (256, 256, 3)]
     """
     if field_size is None:
         return [image]

@@ -264,8 +264,9 @@ class Report:
 def figure_text(value: float | None, uncertainty: float | None = None) -> str:
     """Write a figure with as many digits as its uncertainty leaves: two of that.
 
-    >>> figure_text(12.3456, 0.21), figure_text(0.01234), figure_text(None)
-    ('12.35 ± 0.21', '0.0123', '–')
+    Examples:
+        >>> figure_text(12.3456, 0.21), figure_text(0.01234), figure_text(None)
+        ('12.35 ± 0.21', '0.0123', '–')
     """
     if value is None:
         return "–"

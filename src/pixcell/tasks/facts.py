@@ -95,8 +95,9 @@ class Facts:
 def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one, with dotted names.
 
-    >>> flattened({"a": {"b": 1, "c": [2, 3]}, "d": {}})
-    {'a.b': 1, 'a.c': [2, 3]}
+    Examples:
+        >>> flattened({"a": {"b": 1, "c": [2, 3]}, "d": {}})
+        {'a.b': 1, 'a.c': [2, 3]}
     """
 
     def parts() -> Iterator[tuple[str, Any]]:
@@ -119,8 +120,9 @@ def size_of(path: Path) -> int:
 def size_text(num_bytes: int) -> str:
     """Write a number of bytes for people.
 
-    >>> size_text(1536), size_text(3 * 2**30)
-    ('1.5 KiB', '3.0 GiB')
+    Examples:
+        >>> size_text(1536), size_text(3 * 2**30)
+        ('1.5 KiB', '3.0 GiB')
     """
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -27,10 +27,11 @@ def rng_for(*key: int) -> np.random.Generator:
 
     Philox takes a 128-bit key, so no two keys share a stream (torch's CPU generator keeps 32 bits of a seed).
 
-    >>> float(rng_for(0, 1, 2).random()) == float(rng_for(0, 1, 2).random())
-    True
-    >>> float(rng_for(0, 1, 2).random()) == float(rng_for(0, 2, 1).random())
-    False
+    Examples:
+        >>> float(rng_for(0, 1, 2).random()) == float(rng_for(0, 1, 2).random())
+        True
+        >>> float(rng_for(0, 1, 2).random()) == float(rng_for(0, 2, 1).random())
+        False
     """
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
@@ -45,9 +46,10 @@ class SampleOrder:
 
     Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains" (cycle walking).
 
-    >>> order = SampleOrder(5, seed=0)
-    >>> sorted(order[place] for place in range(5)), sorted(order[place] for place in range(5, 10))
-    ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    Examples:
+        >>> order = SampleOrder(5, seed=0)
+        >>> sorted(order[place] for place in range(5)), sorted(order[place] for place in range(5, 10))
+        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:
@@ -123,9 +125,10 @@ class BatchPlan(Sampler[list[Ticket]]):
 class Without:
     """The numbers 0, 1, 2, ... with some left out, numbered anew.
 
-    >>> kept = Without([1, 2, 5])
-    >>> [kept[index] for index in range(4)]
-    [0, 3, 4, 6]
+    Examples:
+        >>> kept = Without([1, 2, 5])
+        >>> [kept[index] for index in range(4)]
+        [0, 3, 4, 6]
     """
 
     def __init__(self, left_out: Iterable[int]) -> None:

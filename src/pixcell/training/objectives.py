@@ -102,8 +102,9 @@ def spread_over(count: int, total: int) -> list[int]:
 
     At most half of all are held out.
 
-    >>> spread_over(3, 12), spread_over(4, 2)
-    ([2, 6, 10], [0])
+    Examples:
+        >>> spread_over(3, 12), spread_over(4, 2)
+        ([2, 6, 10], [0])
     """
     count = min(count, total // 2)
     return [total * (2 * place + 1) // (2 * count) for place in range(count)]

@@ -52,9 +52,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """Return the rate of a step; ``step`` 0 is the first.
 
-    >>> config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule="cosine")
-    >>> [round(learning_rate(config, step, 6), 3) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    Examples:
+        >>> config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule="cosine")
+        >>> [round(learning_rate(config, step, 6), 3) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
