@@ -36,6 +36,7 @@ _FREE = {
     "trainer.log_every",
     "trainer.tensorboard",
     "trainer.workers",
+    "objective.scheduler",
     "objective.preview_steps",
     "objective.preview_guidance",
 }

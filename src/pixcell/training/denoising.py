@@ -51,6 +51,8 @@ class DenoisingConfig(Config):
     """Predict where the variance of a step lies between its bounds, in a second half of the channels."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """Weigh the squared error by min(SNR, gamma) / SNR (5 in the paper). None: plain mean, as published."""
+    scheduler: str = "dpm-solver++"
+    """Saved with the model, and used for previews; see ``diffusion.sampling.SCHEDULERS``. Moves no weight."""
     preview_steps: int = Field(20, gt=0)
     preview_guidance: float = Field(2.0, ge=0)
 
@@ -131,7 +133,9 @@ class Denoising:
         self._pictures = [
             item["image"].permute(1, 2, 0).numpy() for item in pictures.__getitems__(self._held_out)
         ]
-        self._pipeline = PixCellPipeline(model, codec.vae, make_scheduler(), self._pipeline_facts())
+        self._pipeline = PixCellPipeline(
+            model, codec.vae, make_scheduler(config.scheduler), self._pipeline_facts()
+        )
         self._pipeline.set_progress_bar_config(disable=True)
 
     @property
