@@ -62,7 +62,7 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
             "timestep_spacing": "linspace",
         },
     ),
-    # The same with fresh noise each step, which mends errors of earlier ones: for models trained briefly. Their
+    # The same with fresh noise each step, which mends earlier errors: for models trained briefly. Their
     # first steps overshoot; deterministic solvers keep such an error as a patch of glaring colour.
     "sde-dpm-solver++": (
         DPMSolverMultistepScheduler,
