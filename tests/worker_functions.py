@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 from pixcell.errors import NoTissue
 
@@ -14,3 +15,7 @@ def work(item: int) -> int:
     if item == 4 and os.environ.get("PYTEST_MAIN") != str(os.getpid()):
         os.kill(os.getpid(), signal.SIGKILL)
     return item * item
+
+
+def leave_a_mark(place: Path) -> None:
+    place.write_text("was here")

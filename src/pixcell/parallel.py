@@ -6,6 +6,7 @@ crash inside a slide library) takes only the slide it was working on with it.
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -83,34 +84,47 @@ def _map_processes(
 ) -> Iterator[Done[Item, Value] | Failed[Item]]:
     # "spawn": slide libraries and torch keep threads and handles that do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    suspects: list[Item] = []
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
-        waiting: dict[Future[Any], Item] = {pool.submit(_attempt, function, item): item for item in items}
-        try:
-            while waiting:
-                ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    item = waiting.pop(future)
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool:
-                        suspects.append(item)
-                    except Exception as error:  # noqa: BLE001 - a result that does not pickle, say
-                        yield Failed(item, error)
-        finally:
-            # A caller that stops early (full disk, Ctrl-C) waits for the slides in flight, not for all.
-            for future in waiting:
-                future.cancel()
-    # A dead worker breaks the whole pool. Each unfinished item gets one try in a process of its own,
-    # which tells the culprit from those that only stood in the queue.
-    for item in suspects:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+    left = deque(items)
+    while left:
+        suspects: list[Item] = []
+        with ProcessPoolExecutor(min(workers, len(left)), mp_context=context) as pool:
+            running: dict[Future[Any], Item] = {}
+            broken = False
             try:
-                yield pool.submit(_attempt, function, item).result()
-            except BrokenProcessPool:
-                yield Failed(
-                    item, RuntimeError("its process was killed (out of memory, or a crash in a library)")
-                )
+                while running or (left and not broken):
+                    # One more than there are workers keeps them busy. A dead worker breaks the whole pool:
+                    # the fewer it had been given, the fewer are under suspicion.
+                    while left and not broken and len(running) <= workers:
+                        try:
+                            future = pool.submit(_attempt, function, left[0])
+                        except BrokenProcessPool:
+                            broken = True
+                        else:
+                            running[future] = left.popleft()
+                    ready, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in ready:
+                        item = running.pop(future)
+                        try:
+                            yield future.result()
+                        except BrokenProcessPool:
+                            broken = True
+                            suspects.append(item)
+                        except Exception as error:  # noqa: BLE001 - a result that does not pickle, say
+                            yield Failed(item, error)
+            finally:
+                # A caller that stops early (full disk, Ctrl-C) waits for the slides in flight, not for all.
+                for future in running:
+                    future.cancel()
+        # Each suspect gets one try in a process of its own, which tells the culprit from its neighbours.
+        # Then a new pool takes the rest.
+        for item in suspects:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                try:
+                    yield pool.submit(_attempt, function, item).result()
+                except BrokenProcessPool:
+                    yield Failed(
+                        item, RuntimeError("its process was killed (out of memory, or a crash in a library)")
+                    )
 
 
 def _map_ray(
