@@ -34,6 +34,7 @@ def test_help_shows_an_example(command):
         (["encode", "no-such-store", "--encoder", "stain-texture"], "no-such-store"),
         (["sample", "no-such-run", "--out", "samples", "--unconditional"], "no-such-run"),
         (["sample", "no-such-run", "--out", "samples", "--set", "stepz=4"], "Did you mean 'steps'"),
+        (["encode", "store", "--set", "batch_size=many"], "pixcell encode: batch_size"),
         (["evaluate", "a", "b", "--extractor", "stain-texture"], "a"),
         (["inspect", "no-such-thing"], "no-such-thing"),
         (["import", "no-such-folder", "store"], "no-such-folder"),
@@ -55,6 +56,20 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, tmp_path,
     assert message in printed[-1]
     assert "Traceback" not in " ".join(printed)
     assert not list(tmp_path.iterdir()), "a command that fails at once leaves nothing behind"
+
+
+def test_ctrl_c_says_that_nothing_is_lost(monkeypatch, capfd):
+    from pixcell import cli
+
+    def interrupted(kind, recipe, overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_recipe", interrupted)
+    monkeypatch.setattr(sys, "argv", ["pixcell", "tile", "slides", "store"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert "run the same command again" in capfd.readouterr().err
 
 
 def test_the_module_and_its_exit_code_work_from_a_shell(tmp_path):

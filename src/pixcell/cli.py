@@ -30,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+_INTERRUPTED = 130
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Overrides = Annotated[list[str] | None, Option("--set", help="Override one value: --set section.key=value.")]
@@ -46,9 +47,10 @@ def main() -> None:
         console.print("[bold red]Error:[/]", style="red", end=" ")
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.print("Stopped. Nothing that was finished is lost; run the same command again to go on.")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # typer has turned Ctrl-C into it already
+            console.print("Stopped. Nothing that was finished is lost; run the same command again to go on.")
+        raise
 
 
 def _show_version(wanted: bool) -> None:
@@ -135,6 +137,7 @@ def encode(
 
     results.print(
         _call(
+            "encode",
             encode_store,
             {
                 "store": store,
@@ -192,6 +195,7 @@ def sample(
 
     results.print(
         _call(
+            "sample",
             sample_pictures,
             {
                 "model": model,
@@ -238,6 +242,7 @@ def evaluate(
 
     results.print(
         _call(
+            "evaluate",
             evaluate_pictures,
             {
                 "real": real,
@@ -268,7 +273,7 @@ def inspect(
 
     from pixcell.tasks.inspect import inspect as explain
 
-    found = _call(explain, {"path": path, "verify": verify}, set_)
+    found = _call("inspect", explain, {"path": path, "verify": verify}, set_)
     if as_json:
         print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
     else:
@@ -289,7 +294,7 @@ def import_(
     """
     from pixcell.tasks.published import import_published_layout
 
-    results.print(_call(import_published_layout, {"root": published, "store": store}, set_))
+    results.print(_call("import", import_published_layout, {"root": published, "store": store}, set_))
 
 
 @app.command("export")
@@ -304,7 +309,7 @@ def export_(
     """
     from pixcell.tasks.published import export_published_layout
 
-    results.print(_call(export_published_layout, {"store": store, "root": published}, set_))
+    results.print(_call("export", export_published_layout, {"store": store, "root": published}, set_))
 
 
 @app.command()
@@ -321,7 +326,7 @@ def demo(
     """
     from pixcell.tasks.demo import demo as walk
 
-    results.print(_call(walk, {"out": out, "slides": slides or []}, set_))
+    results.print(_call("demo", walk, {"out": out, "slides": slides or []}, set_))
 
 
 @app.command()
@@ -341,7 +346,7 @@ class _Options(Config):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
 
-def _call(task: Callable[..., Any], given: dict[str, Any], overrides: list[str] | None) -> Any:
+def _call(command: str, task: Callable[..., Any], given: dict[str, Any], overrides: list[str] | None) -> Any:
     """Call a task with its keyword arguments checked; ``--set`` reaches those that have no flag."""
     hints = get_type_hints(task)
     fields = {
@@ -349,5 +354,5 @@ def _call(task: Callable[..., Any], given: dict[str, Any], overrides: list[str] 
         for name, parameter in signatures.signature(task).parameters.items()
     }
     kind: type[Config] = create_model("Options", __base__=_Options, **fields)  # type: ignore[call-overload]
-    options = parse_recipe(kind, given, overrides or (), source=f"pixcell {task.__name__}")
+    options = parse_recipe(kind, given, overrides or (), source=f"pixcell {command}")
     return task(**{name: getattr(options, name) for name in fields})
