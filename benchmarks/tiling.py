@@ -31,7 +31,7 @@ from pixcell.data.drawn import draw_slide
 from pixcell.data.slides import Slide, find_slides
 from pixcell.data.store import TileStore
 from pixcell.data.tiling import TilingConfig, TilingRecipe
-from pixcell.geometry import scale_between
+from pixcell.geometry import Box, scale_between
 from pixcell.tasks.tile import tile_slides
 
 Place = tuple[Path, int, int, int, Path]  # slide, x, y, level-0 side, output file
@@ -64,28 +64,28 @@ def two_processes(places: list[Place], config: TilingConfig) -> None:
         pool.map(save_tiles, [(places[:half], config), (places[half:], config)])
 
 
-def enlarged(path: Path, target: Path, times: int) -> None:
-    """Write a slide that repeats a real one, so that a small region becomes a day's work."""
+def enlarged(path: Path, target: Path, across: int, down: int) -> None:
+    """Write a slide that repeats the middle of a real one: real pixels, and the size of a real slide."""
     with Slide.open(path) as slide:
-        pixels, mpp = np.tile(slide.read(slide.bounds), (times, times, 1)), slide.mpp
-    resolution = (1e4 / mpp, 1e4 / mpp)
+        width, height = slide.bounds.width // 2048 * 2048, slide.bounds.height // 2048 * 2048
+        left, top = (slide.width - width) // 2, (slide.height - height) // 2
+        pixels, mpp = slide.read(Box(left, top, width, height)), slide.mpp
     with tifffile.TiffWriter(target, bigtiff=True) as file:
-        while True:
-            file.write(
-                pixels, tile=(256, 256), photometric="rgb", compression="jpeg",
-                compressionargs={"level": 80}, resolution=resolution, resolutionunit="CENTIMETER",
-                subfiletype=0 if min(pixels.shape[:2]) > 4096 else 1, metadata=None,
-            )  # fmt: skip
-            if max(pixels.shape[:2]) <= 2048:
-                break
-            height, width = (side // 2 * 2 for side in pixels.shape[:2])
-            pixels = (
-                pixels[:height, :width]
-                .reshape(height // 2, 2, width // 2, 2, 3)
-                .mean((1, 3))
-                .astype(np.uint8)
+        for factor in (1, 2, 4, 8):
+            small = np.asarray(Image.fromarray(pixels).reduce(factor))
+            rows, columns = small.shape[0] // 256, small.shape[1] // 256
+            tiles = (
+                small[row % rows * 256 :, column % columns * 256 :][:256, :256]
+                for row in range(rows * down)
+                for column in range(columns * across)
             )
-            resolution = (resolution[0] / 2, resolution[1] / 2)
+            density = 1e4 / (mpp * factor)
+            file.write(
+                tiles, shape=(rows * down * 256, columns * across * 256, 3), dtype=np.uint8, tile=(256, 256),
+                photometric="rgb", compression="jpeg", compressionargs={"level": 80},
+                resolution=(density, density), resolutionunit="CENTIMETER", metadata=None,
+                subfiletype=int(factor > 1),
+            )  # fmt: skip
 
 
 def places_of(store: Path, slides: list[Path], config: TilingConfig, out: Path) -> list[Place]:
@@ -136,8 +136,8 @@ def main() -> None:
     parser.add_argument(
         "--real", type=Path, help="folder of real slides with CMU-1-Small-Region.svs and others"
     )
-    parser.add_argument("--side", type=int, default=6144, help="side of the drawn slides")
-    parser.add_argument("--copies", type=int, default=6, help="how often each slide is there")
+    parser.add_argument("--side", type=int, default=16384, help="side of the drawn slides; 0: none")
+    parser.add_argument("--copies", type=int, default=2, help="how often each slide is there")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     large, small = load_recipe(TilingRecipe, "tiles-20x"), load_recipe(TilingRecipe, "tiles-256")
@@ -151,21 +151,25 @@ def main() -> None:
         drawn, single, real = (scratch / kind for kind in ("drawn", "single", "real"))
         for folder in (drawn, single, real):
             folder.mkdir()
-        for seed, mpp in ((1, 0.5), (2, 0.25)):
-            draw_slide(drawn / f"{seed}.tiff", options.side, options.side, mpp, seed)
         if options.real:
-            for source, times in (("CMU-1-Small-Region.svs", 4), ("brecahad_fields_montage_pyramid.tiff", 2)):
-                enlarged(options.real / source, real / f"{Path(source).stem}.tiff", times)
-            shutil.copy(real / "CMU-1-Small-Region.tiff", single)
-        for path in [*drawn.iterdir(), *real.iterdir()]:
-            for copy in range(1, options.copies):
-                shutil.copy(path, path.with_stem(f"{path.stem}-{copy}"))
-        if options.real:
-            compare("real pixels, repeated", real, large, options.repeats, scratch)
-            compare("real pixels, repeated", real, small, options.repeats, scratch)
+            enlarged(options.real / "CMU-1-Small-Region.svs", real / "cmu.tiff", 8, 8)
+            enlarged(options.real / "brecahad_fields_montage_pyramid.tiff", real / "brecahad.tiff", 4, 6)
+            shutil.copy(real / "cmu.tiff", single)
+            _copy_all(real, options.copies)
+            compare("real pixels", real, large, options.repeats, scratch)
+            compare("one slide of real pixels", single, large, options.repeats, scratch)
             compare("one slide of real pixels", single, small, options.repeats, scratch)
-        compare("drawn, 0.5 and 0.25 mpp", drawn, large, options.repeats, scratch)
-        compare("drawn, 0.5 and 0.25 mpp", drawn, small, options.repeats, scratch)
+        if options.side:
+            for seed, mpp in ((1, 0.5), (2, 0.25)):
+                draw_slide(drawn / f"{seed}.tiff", options.side, options.side, mpp, seed)
+            _copy_all(drawn, options.copies)
+            compare("drawn, 0.5 and 0.25 mpp", drawn, large, options.repeats, scratch)
+
+
+def _copy_all(folder: Path, copies: int) -> None:
+    for path in list(folder.iterdir()):
+        for copy in range(1, copies):
+            shutil.copy(path, path.with_stem(f"{path.stem}-{copy}"))
 
 
 if __name__ == "__main__":
