@@ -48,9 +48,9 @@ def test_exported_latents_have_zero_mean_and_unit_variance(codec_recipe, tmp_pat
     fields = objective.samples.fields
     mean, std = codec.encode(torch.stack([fields[index]["image"] for index in objective._measured_on]))
     latents = codec.normalise(mean + std * torch.randn(std.shape, generator=torch.Generator().manual_seed(0)))
-    # The scale is exact for infinitely many draws; 768 values leave about 1/sqrt(768) of chance.
-    assert latents.mean().abs() < 0.15
-    assert latents.std() == pytest.approx(1, abs=0.15)
+    # The scale is exact for infinitely many draws; 384 values a channel leave about 1/sqrt(384) of chance.
+    assert latents.mean((0, 2, 3)).abs().max() < 0.2
+    assert latents.std((0, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.2)
 
 
 def test_a_perfect_reconstruction_leaves_only_the_divergence(codec_recipe, monkeypatch):

@@ -15,6 +15,7 @@ The methods are those of diffusers' ``AutoencoderKL``, so one takes the place of
 """
 
 from collections.abc import Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,8 @@ class TissueAutoencoder(ModelMixin, ConfigMixin):
         num_blocks: Residual blocks at each of the two sizes, in the encoder and again in the decoder.
         scaling_factor: Diffusion sees ``(latents - shift_factor) * scaling_factor``; measured after training.
         shift_factor: See there. None: nothing is subtracted.
+        latents_mean: Per channel, instead of ``shift_factor``; as in diffusers' newer autoencoders.
+        latents_std: Per channel; then diffusion sees ``(latents - mean) / std * scaling_factor``.
     """
 
     downsampling = 2 * _FOLD
@@ -66,6 +69,8 @@ class TissueAutoencoder(ModelMixin, ConfigMixin):
         num_blocks: int = 3,
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         fine, coarse = channels

@@ -6,8 +6,8 @@ The reconstruction is that of a draw from the posterior. The KL term widens the 
 only just copes, which makes latents smooth and tolerant of small errors: those of a generator. Four channels
 that reconstruct a little softly can be learned by a small generator in minutes, sixteen sharp ones cannot.
 
-Latents are scaled by their measured mean and standard deviation at each export, so that diffusion sees
-zero mean and unit variance whatever the KL term led to.
+Each latent channel is normalised by its measured mean and standard deviation, written at every export, so
+that diffusion sees zero mean and unit variance whatever the KL term led to.
 """
 
 from collections.abc import Mapping, Sequence
@@ -154,29 +154,26 @@ class Autoencoding:
     @torch.no_grad()
     def export(self, folder: Path, previous: Path | None) -> None:
         """Write ``vae/`` with its measured scale, and ``pixcell.json``."""
-        shift, scale = self._measured_scale()
-        self.trainable.register_to_config(shift_factor=shift, scaling_factor=scale)
+        mean, std = self._measured_scale()
+        self.trainable.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
         self.trainable.save_pretrained(folder / "vae")
         facts = {"kind": "autoencoder", "sha256": weights_sha256(self.trainable), **self.facts}
         write_json(folder / "pixcell.json", {**facts, "environment": environment()})
 
-    def _measured_scale(self) -> tuple[float, float]:
-        """Mean, and one over the standard deviation, of draws from the posteriors of fields of the store."""
-        count, total, squares, inner = 0, 0.0, 0.0, 0.0
+    def _measured_scale(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation, per channel, of draws from the posteriors of fields of the store."""
+        totals = []
         for start in range(0, len(self._measured_on), 8):
             items = self.samples.fields.__getitems__(self._measured_on[start : start + 8])
             images = torch.stack([item["image"] for item in items])
             posterior = self._encode(_signed(images.to(self._device)))
             mean, std = posterior.mean.double(), posterior.std.double()
-            count += mean.numel()
-            total += float(mean.sum())
-            squares += float(mean.square().sum())
-            inner += float(
-                std.square().sum()
-            )  # variance of a mixture: of the means, plus the mean of variances
-        mean_of_all = total / count
-        variance = squares / count - mean_of_all**2 + inner / count
-        return mean_of_all, variance**-0.5
+            # The variance of a mixture: of the means, plus the mean of the variances.
+            moments = torch.stack([torch.ones_like(mean), mean, mean.square() + std.square()])
+            totals.append(moments.sum(dim=(1, 3, 4)))
+        count, first, second = torch.stack(totals).sum(0)
+        mean_of_all = first / count
+        return mean_of_all.tolist(), (second / count - mean_of_all.square()).sqrt().tolist()
 
 
 def _signed(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
