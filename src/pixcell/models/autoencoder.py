@@ -15,7 +15,6 @@ The methods are those of diffusers' ``AutoencoderKL``, so one takes the place of
 """
 
 from collections.abc import Sequence
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
