@@ -173,6 +173,24 @@ class TestCall:
 
         assert torch.equal(made([0, 1])[1:], made([1]))
 
+    @pytest.mark.parametrize("fixed_batch", [1, 2])
+    def test_a_guidance_scale_per_picture_holds_in_fixed_batches(self, pipeline, embeddings, fixed_batch):
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+        def made(rows, guidance_scale):
+            return latents_of(
+                pipeline,
+                embeddings[rows],
+                latents=noise[rows],
+                guidance_scale=guidance_scale,
+                fixed_batch=fixed_batch,
+            )
+
+        together = made(slice(None), torch.tensor([1.5, 3.0]))
+        for row, scale in enumerate((1.5, 3.0)):
+            alone = made(slice(row, row + 1), scale)
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
     def test_given_latents_are_the_start(self, pipeline, embeddings):
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         assert torch.equal(latents_of(pipeline, embeddings, latents=noise), latents_of(pipeline, embeddings))

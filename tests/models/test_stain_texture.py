@@ -28,6 +28,19 @@ def test_a_field_is_described_the_same_in_any_batch(describe, fields):
     assert torch.equal(describe(fields.flip(0)), together.flip(0))
 
 
+def test_a_field_is_described_the_same_by_any_number_of_threads(describe, fields):
+    """And torch has its threads back afterwards."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = describe(fields)
+        torch.set_num_threads(3)
+        assert torch.equal(describe(fields), alone)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_every_number_is_finite_on_any_colour(describe):
     levels = torch.tensor([0.0, 0.5, 1.0])
     flat = torch.cartesian_prod(levels, levels, levels).view(27, 3, 1, 1).expand(27, 3, 64, 64)

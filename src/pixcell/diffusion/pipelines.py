@@ -33,11 +33,11 @@ from pixcell.diffusion.sampling import (
     denoiser_of,
     in_fixed_batches,
     sample_latents,
-    side_by_side,
 )
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.files import write_json
 from pixcell.models.codec import LatentCodec, to_uint8
+from pixcell.models.threads import side_by_side
 from pixcell.models.transformer import PixCellTransformer2DModel
 
 __all__ = ["FACTS_FILE", "PixCellPipeline"]
@@ -197,9 +197,13 @@ class PixCellPipeline(DiffusionPipeline):
         conditioning.check_finite()
 
         noise = self._noise(batch_size, height, width, generator, latents)
-        denoiser = guided(denoiser_of(self.transformer), guidance_scale)
-        if fixed_batch is not None:
-            denoiser = in_fixed_batches(denoiser, fixed_batch)
+        denoiser = denoiser_of(self.transformer)
+        if fixed_batch is None:
+            denoiser = guided(denoiser, guidance_scale)
+        elif isinstance(guidance_scale, Tensor):  # one scale per picture must meet all pictures
+            denoiser = guided(in_fixed_batches(denoiser, fixed_batch), guidance_scale)
+        else:
+            denoiser = in_fixed_batches(guided(denoiser, guidance_scale), fixed_batch)
         with self.progress_bar(total=num_inference_steps) as bar:
 
             def on_step(number: int, timestep: Tensor, latents: Tensor) -> Tensor | None:

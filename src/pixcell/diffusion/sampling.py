@@ -12,9 +12,8 @@ GPU model or library version rounds differently, and pictures then differ a litt
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from pixcell.diffusion.conditioning import Conditioning, Denoiser
 from pixcell.errors import ModelError
+from pixcell.models.threads import side_by_side
 from pixcell.models.transformer import PixCellTransformer2DModel
 
 __all__ = [
@@ -41,10 +41,7 @@ __all__ = [
     "make_scheduler",
     "noise_for",
     "sample_latents",
-    "side_by_side",
 ]
-
-Item = TypeVar("Item")
 
 _TRAINED = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -142,7 +139,7 @@ def in_fixed_batches(denoiser: Denoiser, size: int) -> Denoiser:
     """Return a denoiser that calls ``denoiser`` on exactly ``size`` samples, however many it is given.
 
     What is missing in the last call is filled with copies of its last sample. So all calls have one shape and
-    run the same kernels. Calls run as :func:`side_by_side` does.
+    run the same kernels. Calls run as :func:`~pixcell.models.threads.side_by_side` does.
     """
 
     def denoise(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -156,33 +153,6 @@ def in_fixed_batches(denoiser: Denoiser, size: int) -> Denoiser:
         return torch.cat(side_by_side(part, range(0, total, size), latents.device))
 
     return denoise
-
-
-def side_by_side(
-    function: Callable[[Item], Tensor], items: Iterable[Item], device: torch.device
-) -> list[Tensor]:
-    """Call a function without gradients on each item; on a CPU, one processor thread each, side by side.
-
-    A matrix product that is split over threads is summed in another order. With one thread a call, results do
-    not depend on the number of threads, and several items still keep all of them busy. While this runs, torch
-    uses one thread an operation in the whole process.
-    """
-
-    def call(item: Item) -> Tensor:
-        with torch.no_grad():  # a setting of each thread
-            return function(item)
-
-    if device.type != "cpu":
-        return [call(item) for item in items]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if threads == 1:
-            return [call(item) for item in items]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(call, items))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pixcell.models.threads import side_by_side
+
 __all__ = ["StainTexture"]
 
 _OCTAVES = 5
@@ -49,7 +51,7 @@ class StainTexture(nn.Module):
     """The descriptor as a module: images in, 128 numbers each out. It has no parameters.
 
     Each image is described on its own, so the numbers do not depend on what else is in the batch, down to
-    the last bit.
+    the last bit, nor on the number of threads.
     """
 
     dim = 128
@@ -83,7 +85,7 @@ class StainTexture(nn.Module):
                 f"stain-texture needs fields of at least {_SMALLEST} px, not {tuple(images.shape[-2:])}"
             )
         # One at a time: kernels split sums by the shape of a batch, which would show in the last bit.
-        raw = torch.stack([self.raw(image) for image in images.float()])
+        raw = torch.stack(side_by_side(self.raw, images.float(), images.device))
         return ((raw - self.center) / self.spread).clamp(-_LIMIT, _LIMIT)
 
     def raw(self, image: Float[Tensor, "3 height width"]) -> Float[Tensor, "128"]:
