@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,20 @@ def test_a_process_killed_in_the_middle_leaves_no_half_file(tmp_path):
     os.utime(leftovers[0], (day_before_yesterday, day_before_yesterday))
     assert remove_leftovers(tmp_path) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_only_names_that_are_temporary_ones_are_leftovers(tmp_path):
+    own = tmp_path / "case.tmp-2.h5"
+    own.write_bytes(b"finished long ago")
+    os.utime(own, (0, 0))
+    assert remove_leftovers(tmp_path) == 0
+    assert own.exists()
+
+
+def test_a_file_that_is_finished_while_leftovers_are_looked_for_is_no_error(tmp_path, monkeypatch):
+    vanished = tmp_path / "shard.h5.tmp-0123456789ab"
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([vanished]))
+    assert remove_leftovers(tmp_path) == 0
 
 
 def test_a_file_where_a_folder_is_needed_is_a_clear_error(tmp_path):

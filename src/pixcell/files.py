@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from pixcell.errors import OutputError
 __all__ = ["remove_leftovers", "sha256_of", "write_json", "write_text", "write_whole", "writing_to"]
 
 _TEMPORARY = ".tmp-"
+_LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{12}$")
 
 
 @contextlib.contextmanager
@@ -95,18 +97,19 @@ def sha256_of(path: Path) -> str:
 def remove_leftovers(folder: Path, older_than_s: float = 24 * 3600) -> int:
     """Delete what killed processes left half-written in ``folder`` (not below); return how many.
 
-    Only files older than a day, so that a process still writing on another machine is not disturbed.
+    Only files older than a day, so that a process still writing on another machine is not disturbed. What
+    may not be deleted here (another user's) stays.
     """
     import time
 
-    leftovers = [
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if _TEMPORARY in path.name and time.time() - path.stat().st_mtime > older_than_s
-    ]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
+    removed = 0
+    for path in folder.iterdir() if folder.is_dir() else ():
+        # A file of another process may get its name, and so be gone, at any moment.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            if _LEFTOVER.search(path.name) and time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink()
+                removed += 1
+    return removed
 
 
 def _published_or_taken(temporary: Path, path: Path) -> bool:

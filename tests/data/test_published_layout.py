@@ -243,7 +243,7 @@ def spoil_empty(image, latents):
 def test_one_bad_tile_fails_its_slide_and_no_other(published, tmp_path, spoil, reason):
     stem = published / "patches" / NAMES["tcga_diagnostic"][2].removesuffix(".jpeg")
     spoil(stem.with_name(f"{stem.name}.jpeg"), stem.with_name(f"{stem.name}_sd3_vae.npy"))
-    with pytest.raises(SomeFailed, match="1 slides failed"):
+    with pytest.raises(SomeFailed, match="1 of the slides failed"):
         import_published_layout(published, tmp_path / "store", workers=1)
     with (tmp_path / "store" / "reports" / "import-failures.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pixcell.data.columns import sidecar_of
+from pixcell.data.images import write_image_shard
 from pixcell.data.store import TileStore
 from pixcell.data.tiling import Tile
 from pixcell.errors import (
@@ -80,11 +81,24 @@ def test_pixels_come_back_as_the_jpeg_says(store):
         assert np.abs(shard.image(2).astype(int) - expected).max() <= 2
 
 
+def test_a_jpeg_that_is_cut_short_is_not_decoded_to_grey(tmp_path):
+    """The decoder itself says nothing."""
+    store = TileStore.create(tmp_path / "store", TILING)
+    whole = jpeg_of(0)
+    (tile, _), *_ = tiles_of("A", 1)
+    half = [(tile, whole), (tile, whole + b"more behind the end"), (tile, whole[: len(whole) // 2])]
+    write_image_shard(store.shard_path("images", "A"), half, {}, "A")
+    with store.images("A") as shard:
+        np.testing.assert_array_equal(shard.image(1), shard.image(0))
+        with pytest.raises(CorruptShard, match=r"tile 2 of .* cut short"):
+            shard.image(2)
+
+
 def test_a_jpeg_of_any_length_comes_back_across_the_chunks_of_the_file(tmp_path):
     store = TileStore.create(tmp_path / "store", TILING)
     random = np.random.default_rng(0)
-    lengths = [2, 1 << 18, (1 << 18) - 2, 700_000, 3]
-    jpegs = [b"\xff\xd8" + random.bytes(length - 2) for length in lengths]
+    lengths = [6, 1 << 18, (1 << 18) - 6, 700_000, 7]
+    jpegs = [b"\xff\xd8\xff\xda" + random.bytes(length - 6) + b"\xff\xd9" for length in lengths]
     tiles = [tile for tile, _ in tiles_of("long", len(jpegs))]
     store.write_images("long", zip(tiles, jpegs, strict=True), {})
     with store.images("long") as shard:
@@ -238,6 +252,7 @@ def test_another_slide_of_the_same_id_is_refused(store):
         (Tile("B", 0, 0, 256, 0.5, 1, 0, 1), jpeg_of(0), StoreMismatch, "256 px at 0.5 mpp"),
         (Tile("B", 0, 0, 128, 0.25, 1, 0, 1), jpeg_of(0), StoreMismatch, "0.25 mpp"),
         (Tile("B", 7, 9, 128, 0.5, 1, 0, 1), b"\x89PNG", StoreError, "x=7, y=9 .* is not a JPEG"),
+        (Tile("B", 7, 9, 128, 0.5, 1, 0, 1), jpeg_of(0)[:-400], StoreError, "x=7, y=9 .* cut short"),
     ],
 )
 def test_a_tile_that_does_not_belong_leaves_nothing_behind(store, tile, jpeg, error, match):
@@ -405,8 +420,10 @@ def test_a_writer_killed_in_the_middle_leaves_no_half_shard(store, tmp_path):
     assert contents(store.path) == contents(undisturbed.path)
 
 
-def test_leftovers_of_killed_writers_go_when_they_are_old(store):
-    old, young = store.path / "images" / "x.h5.tmp-1", store.path / "images" / "x.h5.tmp-2"
+@pytest.mark.parametrize("place", ["images/x.h5", "new-column/x.npy", "qc/x.jpg", "index.parquet"])
+def test_leftovers_of_killed_writers_go_when_they_are_old(store, place):
+    old, young = (store.path / f"{place}.tmp-{letter * 12}" for letter in "ab")
+    old.parent.mkdir(exist_ok=True)
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))

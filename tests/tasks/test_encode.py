@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from pixcell.data.images import write_image_shard
 from pixcell.data.store import TileStore
 from pixcell.data.tiling import Tile
 from pixcell.errors import ModelError, SomeFailed, StoreError, StoreMismatch
@@ -237,10 +238,12 @@ def test_one_bad_tile_fails_its_slide_and_no_other(tmp_path, spoil):
     store = make_store(tmp_path / "store", {"good": 2, "later": 2})
     tiles = [(Tile("bad", SIZE * i, 0, SIZE, 0.5, 1.0, 0.0, 1.0), jpeg(i)) for i in range(3)]
     tiles[1] = (tiles[1][0], spoil(tiles[1][1]))
-    TileStore.open(store).write_images("bad", tiles, {"fingerprint": "bad"})
-    with pytest.raises(SomeFailed, match=r"1 slides failed \(bad .*tile 1 of") as caught:
+    # Not through the store, which would refuse it: the damage came later.
+    write_image_shard(store / "images" / "bad.h5", tiles, {"fingerprint": "bad"}, "bad")
+    with pytest.raises(SomeFailed, match=r"1 of the slides failed \(bad .*tile 1 of") as caught:
         encode_store(store, encoder="stain-texture", batch_size=1)
     assert TileStore.open(store).slide_ids("embeddings-stain-texture") == ["good", "later"]
+    assert caught.value.result.columns[0].num_encoded == 2
     rows = list(csv.DictReader(caught.value.table.open()))
     assert [(row["column"], row["slide"]) for row in rows] == [("embeddings-stain-texture", "bad")]
     assert "tile 1" in rows[0]["reason"]
@@ -257,6 +260,15 @@ def test_the_table_of_failures_goes_when_nothing_fails(store, tmp_path):
     broken.write_bytes(whole)
     encode_store(store, encoder="stain-texture")
     assert not table.exists()
+
+
+def test_a_slide_that_was_tiled_again_is_not_taken_for_done(store):
+    encode_store(store, encoder="stain-texture")
+    (store / "images" / "a.h5").unlink()
+    tiles = [(Tile("a", SIZE * i, 0, SIZE, 0.5, 1.0, 0.0, 1.0), jpeg(100 + i)) for i in range(5)]
+    TileStore.open(store).write_images("a", tiles, {"fingerprint": "a, cut again"})
+    with pytest.raises(SomeFailed, match=r"1 of the slides failed .*made from other images.*a.npy"):
+        encode_store(store, encoder="stain-texture")
 
 
 def test_a_byte_changed_inside_a_shard_is_noticed(store):

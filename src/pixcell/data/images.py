@@ -20,7 +20,7 @@ from pixcell.data.sealed import OpenFile, seal, sealed_digest
 from pixcell.errors import CorruptShard, NoTissue
 from pixcell.files import write_whole
 
-__all__ = ["ImageShard", "TileRecord", "write_image_shard"]
+__all__ = ["ImageShard", "TileRecord", "is_whole_jpeg", "write_image_shard"]
 
 _CHUNK = 1 << 18
 _NUMBERS = {"x": np.int64, "y": np.int64, "tissue": np.float64, "pen": np.float64, "sharpness": np.float64}
@@ -66,6 +66,20 @@ class TileRecord(Protocol):
     @property
     def attributes(self) -> Mapping[str, str]:
         """Labels: organ, stain, split, ..."""
+
+
+def is_whole_jpeg(data: bytes) -> bool:
+    """Tell whether a JPEG has its beginning and its end.
+
+    A decoder fills what is missing at the end with grey and says nothing. Neither marker can occur inside of
+    pixels, and some programs write more behind the end.
+
+    >>> is_whole_jpeg(b"\\xff\\xd8 header \\xff\\xda pixels \\xff\\xd9 padding")
+    True
+    >>> is_whole_jpeg(b"\\xff\\xd8 thumbnail \\xff\\xd9 header \\xff\\xda pix")
+    False
+    """
+    return data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") >= 0
 
 
 def write_image_shard(
@@ -213,12 +227,18 @@ class ImageShard:
         """Return the pixels of a tile, (height, width, 3) uint8.
 
         Raises:
-            CorruptShard: If the JPEG does not decode.
+            CorruptShard: If the JPEG is cut short or does not decode.
         """
         from imagecodecs import JpegError, jpeg_decode
 
+        data = self.jpeg(tile)
+        if not is_whole_jpeg(data):
+            raise CorruptShard(
+                f"tile {tile} of {self.path} is cut short: its JPEG has no end. Delete the shard "
+                "and tile the slide again."
+            )
         try:
-            return jpeg_decode(self.jpeg(tile), outcolorspace="RGB")
+            return jpeg_decode(data, outcolorspace="RGB")
         except JpegError as error:
             raise CorruptShard(f"tile {tile} of {self.path} does not decode: {error}.") from error
 

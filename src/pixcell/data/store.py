@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from pixcell.data.columns import Column, differences, read_sidecar, stale_message, write_column_shard
-from pixcell.data.images import ImageShard, TileRecord, write_image_shard
+from pixcell.data.images import ImageShard, TileRecord, is_whole_jpeg, write_image_shard
 from pixcell.data.index import INDEX_COLUMNS, up_to_date_index
 from pixcell.data.integrity import Problem, problems_in
 from pixcell.data.sealed import sealed_digest
@@ -127,8 +127,7 @@ class TileStore:
                 f"{path} holds tiles that were cut in another way: {'; '.join(found)}. "
                 "Use the same tiling, or another folder."
             )
-        for folder in (path, *(path / column for column in ["images", *store.columns()])):
-            remove_leftovers(folder)
+        store.remove_leftovers()
         return store
 
     @classmethod
@@ -243,8 +242,11 @@ class TileStore:
                     f"a tile of slide {slide_id!r} has {tile.size} px at {tile.mpp} mpp; {self.path} holds "
                     f"tiles of {self.tile_size} px at {self.mpp} mpp."
                 )
-            if jpeg[:2] != b"\xff\xd8":
-                raise StoreError(f"the tile at x={tile.x}, y={tile.y} of slide {slide_id!r} is not a JPEG.")
+            if not is_whole_jpeg(jpeg):
+                place = tile.name or f"at x={tile.x}, y={tile.y}"
+                raise StoreError(
+                    f"the tile {place} of slide {slide_id!r} is not a JPEG, or one that is cut short."
+                )
             if taken := set(tile.attributes) & set(INDEX_COLUMNS):
                 raise StoreError(
                     f"{sorted(taken)[0]!r} cannot be the name of an attribute: the index has a column of "
@@ -350,6 +352,11 @@ class TileStore:
             if checksums.get(slide_id) != checksum:
                 raise StoreMismatch(stale_message(name, slide_id))
         return column
+
+    def remove_leftovers(self) -> None:
+        """Delete what killed writers left half-written more than a day ago, in every folder of the store."""
+        for folder in (self.path, *(each for each in self.path.iterdir() if each.is_dir())):
+            remove_leftovers(folder)
 
     # ── the index ────────────────────────────────────────────────────────────────────────────────
 

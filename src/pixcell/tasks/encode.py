@@ -24,11 +24,11 @@ import torch
 from rich.table import Table
 
 from pixcell.console import Advance, progress, table
-from pixcell.data.columns import differences, read_sidecar
+from pixcell.data.columns import differences, read_sidecar, stale_message
 from pixcell.data.images import ImageShard
-from pixcell.data.sealed import broken_seal
+from pixcell.data.sealed import broken_seal, sealed_digest
 from pixcell.data.store import TileStore
-from pixcell.errors import CorruptShard, ModelError, SomeFailed, StoreMismatch
+from pixcell.errors import CorruptShard, ModelError, SomeFailed, StoreError, StoreMismatch
 from pixcell.files import write_text
 from pixcell.models.codec import LatentCodec
 from pixcell.models.encoders import Encoder, load_encoder
@@ -123,6 +123,7 @@ def encode_store(
             "--encoder stain-texture needs no weights."
         )
     opened = TileStore.open(store)
+    opened.remove_leftovers()
     if field_size < 1 or opened.tile_size % field_size:
         raise StoreMismatch(
             f"tiles of {opened.tile_size} px in {store} are no whole number of {field_size} px fields. "
@@ -147,8 +148,9 @@ def encode_store(
         target.model.to(where)
         columns.append(run.encode(target))
         target.model.to("cpu")
-    run.report_failures()
-    return EncodeResult(store, columns)
+    result = EncodeResult(store, columns)
+    run.report_failures(result)
+    return result
 
 
 # ── what is encoded ──────────────────────────────────────────────────────────────────────────────────
@@ -241,6 +243,7 @@ class _Run:
         """Fill a column; slides that fail are noted and left out."""
         slides = self.store.slide_ids()
         pending = [slide_id for slide_id in slides if not self.store.has(target.column, slide_id)]
+        self._note_stale(target, sorted(set(slides) - set(pending)))
         started, num_encoded, num_tiles = time.monotonic(), 0, 0
         shards = list(self._openable(target, pending))
         total = sum(count for _, count in shards)
@@ -256,7 +259,7 @@ class _Run:
             target.column, num_encoded, len(slides) - len(pending), num_tiles, time.monotonic() - started
         )
 
-    def report_failures(self) -> None:
+    def report_failures(self, result: EncodeResult) -> None:
         """Write the table of failures, or remove that of an earlier run.
 
         Raises:
@@ -270,7 +273,7 @@ class _Run:
         csv.writer(text).writerows([("column", "slide", "reason"), *self.failures])
         write_text(path, text.getvalue())
         failed = [(f"{slide_id} ({column})", reason) for column, slide_id, reason in self.failures]
-        raise SomeFailed("slides", failed, path)
+        raise SomeFailed("slides", failed, path, result)
 
     def check_maker(self, target: _Target) -> None:
         """Refuse before any work what the store would refuse at the first slide.
@@ -302,7 +305,17 @@ class _Run:
             except CorruptShard as error:
                 self._note(target, slide_id, error)
 
-    def _note(self, target: _Target, slide_id: str, error: CorruptShard) -> None:
+    def _note_stale(self, target: _Target, done: Sequence[str]) -> None:
+        """A slide that was tiled again after it was encoded is not done, whatever files are there."""
+        for slide_id in done:
+            try:
+                stored = read_sidecar(self.store.shard_path(target.column, slide_id))
+                if stored["images_sha256"] != sealed_digest(self.store.shard_path("images", slide_id)):
+                    raise StoreMismatch(stale_message(target.column, slide_id))
+            except (CorruptShard, StoreMismatch) as error:
+                self._note(target, slide_id, error)
+
+    def _note(self, target: _Target, slide_id: str, error: StoreError) -> None:
         reason = " ".join(str(error).split())
         logger.warning("%s failed: %s", slide_id, reason)
         self.failures.append((target.column, slide_id, reason))
@@ -356,11 +369,6 @@ def _decoded(
 
 
 def _pixels(shard: ImageShard, tile: int, tile_size: int) -> np.ndarray:
-    # A decoder fills what is missing at the end of a JPEG with grey and says nothing.
-    if not shard.jpeg(tile).rstrip(b"\0").endswith(b"\xff\xd9"):
-        raise CorruptShard(
-            f"tile {tile} of {shard.path} is cut short: its JPEG has no end. Tile the slide again."
-        )
     pixels = shard.image(tile)
     if pixels.shape != (tile_size, tile_size, 3):
         raise CorruptShard(
@@ -374,7 +382,7 @@ def _as_float16(target: _Target, slide_id: str, records: torch.Tensor) -> np.nda
     if not torch.isfinite(stored).all():
         raise ModelError(
             f"column {target.column!r}: the model returned values that float16 cannot hold, on slide "
-            f"{slide_id!r} in {target.made_by['precision']}. Use --precision fp32, and check the weights."
+            f"{slide_id!r} in {target.made_by['precision']}. Use --set precision=fp32, and check the weights."
         )
     return stored.cpu().contiguous().numpy()
 
