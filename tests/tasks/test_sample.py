@@ -119,11 +119,18 @@ class TestPictures:
         }.items():
             assert np.abs(made(name, **changes) - plain).max() > 0, name
 
-    def test_stochastic_schedulers_keep_the_promise(self, model, references, tmp_path):
+    @pytest.mark.parametrize("scheduler", ["ddpm", "sde-dpm-solver++"])
+    def test_stochastic_schedulers_keep_the_promise(self, model, references, tmp_path, scheduler):
         for batch_size in (1, 3):
-            out = tmp_path / str(batch_size)
             sample(
-                model, out, like=references, count=3, seed=1, steps=4, scheduler="ddpm", batch_size=batch_size
+                model,
+                tmp_path / str(batch_size),
+                like=references,
+                count=3,
+                seed=1,
+                steps=4,
+                scheduler=scheduler,
+                batch_size=batch_size,
             )
         assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "3")
 
@@ -149,6 +156,7 @@ class TestRecords:
             "steps": STEPS,
             "guidance_scale": 2.0,
             "scheduler": "DPMSolverMultistepScheduler",
+            "scheduler_settings": {},
             "like": references[1].name,
             "mpp": 0.5,
             "size": 128,
@@ -161,6 +169,12 @@ class TestRecords:
         assert record["embedding_hash"]
         assert record["like_resolution"] == "not stated: taken pixel for pixel"
         assert record["versions"] == environment()
+
+    def test_two_solvers_of_one_class_are_two_recipes(self, model, references, tmp_path):
+        arguments = {"like": references[:1], "count": 1, "seed": 1, "steps": STEPS}
+        sample(model, tmp_path, **arguments, scheduler="dpm-solver++")
+        with pytest.raises(OutputError, match=r"differs in scheduler_settings .*sde-dpmsolver\+\+"):
+            sample(model, tmp_path, **arguments, scheduler="sde-dpm-solver++")
 
     def test_the_list_names_every_picture(self, eight):
         listed = json.loads((eight[0] / "samples.json").read_text())

@@ -8,6 +8,8 @@ Picture number *i* takes reference ``i % number of references`` and the noise of
 ``count`` is a continuation: the first 16 of 100 are the 16 of 16. A run that was stopped goes on.
 """
 
+import inspect
+import json
 import math
 import re
 import time
@@ -18,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
@@ -177,6 +180,7 @@ def sample(
         "steps": steps,
         "guidance_scale": None if unconditional else float(guidance_scale),
         "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_settings": _settings_of(pipeline.scheduler),
         "size": pipeline.sample_size,
         "mpp": pipeline.facts.get("mpp"),
         "device": chosen_device.type,
@@ -289,6 +293,14 @@ def _expanded(like: Sequence[Path]) -> list[Path]:
             raise SlideError(f"there is no picture in {path}. Give pictures, or a folder that holds some.")
         files += found
     return files
+
+
+def _settings_of(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Where a scheduler differs from its class's defaults: a class may hold several solvers."""
+    given = inspect.signature(type(scheduler)).parameters
+    config = {key: value for key, value in scheduler.config.items() if key in given}
+    settings = {key: value for key, value in config.items() if value != given[key].default}
+    return dict(json.loads(json.dumps(settings, default=str)))  # as it is read back from a picture
 
 
 def _read_reference(
