@@ -182,6 +182,16 @@ def test_pairs_that_have_nothing_in_common_are_found_by_chance_only(rng):
     assert pairs.nearest_share == pytest.approx(0.1, abs=0.05)
 
 
+def test_pairs_worked_off_in_pieces_give_the_same_figures(rng, monkeypatch):
+    pairs = (features(rng, 50), features(rng, 10), np.arange(50) % 10)
+    whole = paired_similarity(*pairs)
+    monkeypatch.setattr("pixcell.evaluation.metrics._ROWS_AT_ONCE", 7)
+    pieces = paired_similarity(*pairs)
+    np.testing.assert_allclose(pieces.cosine, whole.cosine, atol=1e-12)
+    np.testing.assert_allclose(pieces.mismatched, whole.mismatched, atol=1e-12)
+    assert pieces.nearest_share == whole.nearest_share
+
+
 def test_one_reference_has_nobody_to_be_mistaken_for(rng):
     pairs = paired_similarity(features(rng, 4), features(rng, 1), np.zeros(4, dtype=int))
     assert len(pairs.mismatched) == 0
@@ -195,12 +205,21 @@ def test_features_that_are_not_numbers_are_refused(rng, metric):
         metric(features(rng, 50), broken)
 
 
-def test_halves_keep_slides_together_and_are_even(rng):
-    groups = [slide for slide, tiles in enumerate([50, 30, 20, 5, 5, 10]) for _ in range(tiles)]
-    one, other = split_halves(groups, rng)
-    assert sorted([*one, *other]) == list(range(120))
-    assert not {groups[row] for row in one} & {groups[row] for row in other}
-    assert len(one) == len(other) == 60
+def test_halves_keep_slides_together_and_differ_by_one_of_them_at_most(rng):
+    sizes = [50, 30, 20, 5, 5, 10]
+    groups = [slide for slide, tiles in enumerate(sizes) for _ in range(tiles)]
+    for _ in range(20):
+        one, other = split_halves(groups, rng)
+        assert sorted([*one, *other]) == list(range(120))
+        assert not {groups[row] for row in one} & {groups[row] for row in other}
+        assert abs(len(one) - len(other)) <= max(sizes)
+
+
+def test_slides_of_unlike_sizes_are_not_halved_the_same_way_each_time(rng):
+    """Else the scatter over splits, which stands beside every floor, would be that of one split."""
+    groups = [slide for slide, tiles in enumerate([40, 35, 30, 25, 20, 15]) for _ in range(tiles)]
+    halves = {frozenset(groups[row] for row in half) for _ in range(20) for half in split_halves(groups, rng)}
+    assert len(halves) >= 8
 
 
 def test_halves_differ_from_seed_to_seed():

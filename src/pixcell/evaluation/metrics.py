@@ -216,18 +216,24 @@ def paired_similarity(
     ``nearest_share`` is 1.
     """
     synthetic, references = _checked(synthetic, references)
-    cosines = _unit(synthetic) @ _unit(references).T
-    own = np.take_along_axis(cosines, reference_of[:, None], axis=1)[:, 0]
-    num_references = len(references)
-    mismatched = np.empty(0) if num_references < 2 else (cosines.sum(1) - own) / (num_references - 1)
-    nearest = cosines.max(1) <= own + 1e-12  # references may repeat; a tie with its own is a hit
-    return PairSimilarity(own, mismatched, float(nearest.mean()), num_references)
+    units, num_references = _unit(references), len(references)
+    own, mismatched, num_nearest = np.empty(len(synthetic)), np.empty(len(synthetic)), 0
+    for start in range(0, len(synthetic), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        cosines = _unit(synthetic[rows]) @ units.T
+        own[rows] = np.take_along_axis(cosines, reference_of[rows, None], axis=1)[:, 0]
+        mismatched[rows] = (cosines.sum(1) - own[rows]) / max(num_references - 1, 1)
+        # References may repeat; a tie with its own is a hit.
+        num_nearest += int((cosines.max(1) <= own[rows] + 1e-12).sum())
+    if num_references < 2:
+        mismatched = np.empty(0)
+    return PairSimilarity(own, mismatched, num_nearest / len(synthetic), num_references)
 
 
 def split_halves(
     groups: Sequence[Hashable], rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " half"], Int[np.ndarray, " other"]]:
-    """Split rows into two halves of about equal count so that no group stands on both sides.
+    """Split rows at random into two halves that differ by one group at most; none stands on both.
 
     Args:
         groups: What each row must stay together with: its slide, or its picture.
@@ -243,9 +249,9 @@ def split_halves(
         members.setdefault(group, []).append(row)
     dealt: tuple[list[int], list[int]] = ([], [])
     names = list(members)
-    # Large groups first, each to the smaller side: halves stay even where slides differ much in size.
-    order = sorted(rng.permutation(len(names)), key=lambda index: -len(members[names[index]]))
-    for index in order:
+    # In random order, each to the smaller side. Dealt by size, groups of unlike sizes would fall into the same
+    # halves every time, and a scatter over splits would mean nothing.
+    for index in rng.permutation(len(names)):
         min(dealt, key=len).extend(members[names[index]])
     return np.array(sorted(dealt[0]), dtype=np.int64), np.array(sorted(dealt[1]), dtype=np.int64)
 

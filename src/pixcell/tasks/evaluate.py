@@ -80,6 +80,7 @@ def evaluate(
         ("batch_size", batch_size, 1),
         ("kernel_subset_size", kernel_subset_size, 2),
         ("kernel_subsets", kernel_subsets, 1),
+        ("seed", seed, 0),
     ):
         if number is not None and number < least:
             raise EvaluationError(f"{name} must be at least {least}, not {number}.")
@@ -211,7 +212,8 @@ def _pairs(
     place_of = {picture.name: place for place, picture in enumerate(references.pictures)}
     own_place_of = {picture.name: place for place, picture in enumerate(synthetic.pictures)}
     names = list(dict.fromkeys(reference.name for reference, _ in found))
-    reference_of = np.array([names.index(reference.name) for reference, _ in found])
+    row_of = {name: row for row, name in enumerate(names)}
+    reference_of = np.array([row_of[reference.name] for reference, _ in found])
     return compare_pairs(
         _mean_per_picture(synthetic_features, [own_place_of[picture.name] for _, picture in found]),
         _mean_per_picture(reference_features, [place_of[name] for name in names]),
