@@ -99,6 +99,12 @@ def test_recipes_of_the_package_are_found_by_name_and_by_their_path_in_the_repos
     assert find_recipe("recipes/tiles-20x.yaml") == find_recipe("tiles-20x")
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e400"])
+def test_a_number_that_is_not_finite_is_refused(recipe_file, value):
+    with pytest.raises(RecipeError, match="rate: Input should be a finite number"):
+        load_recipe(Outer, recipe_file, [f"rate={value}"])
+
+
 def test_a_changed_copy_is_validated_again():
     with pytest.raises(ValueError, match="greater than 0"):
         Inner().with_changes(tile_size=0)

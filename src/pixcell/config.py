@@ -25,7 +25,8 @@ __all__ = ["Config", "find_recipe", "load_recipe", "parse_recipe", "recipe_names
 class Config(BaseModel):
     """Base of every configuration: frozen, and a mistyped key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # No recipe means inf or NaN, and neither could be saved beside the result.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     def with_changes(self, **changes: Any) -> Self:
         """Return a copy with some fields replaced, validated again."""
