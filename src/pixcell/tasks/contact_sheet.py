@@ -81,6 +81,7 @@ def _text(
 ) -> None:
     """Write a line, cut short with an ellipsis where it would run over ``width`` pixels."""
     font = ImageFont.load_default(size)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # file names may hold newlines
     if draw.textlength(text, font=font) > width:
         while text and draw.textlength(text + "…", font=font) > width:
             text = text[:-1]
