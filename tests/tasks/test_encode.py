@@ -16,7 +16,7 @@ import torch
 from pixcell.data.images import write_image_shard
 from pixcell.data.store import TileStore
 from pixcell.data.tiling import Tile
-from pixcell.errors import ModelError, SomeFailed, StoreError, StoreMismatch
+from pixcell.errors import ModelError, RecipeError, SomeFailed, StoreError, StoreMismatch
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.codec import LatentCodec
 from pixcell.models.encoders import load_encoder
@@ -300,9 +300,12 @@ def test_another_codec_under_the_same_name_is_refused(store, tmp_path):
         ({"encoder": "stain-texture", "field_size": 0}, StoreMismatch, "no whole number of 0 px fields"),
         ({"encoder": "stain-texture", "device": "cuda:77"}, ModelError, "cuda:77"),
         ({"encoder": "stain-texture", "embeddings_column": "../x"}, StoreError, "cannot be the name"),
+        ({"encoder": "stain-texture", "embeddings_column": "images"}, StoreError, "holds the tiles"),
         ({"encoder": "stain-texture", "precision": "int4"}, ModelError, "fp32, bf16, fp16"),
+        ({"encoder": "stain-texture", "batch_size": 0}, RecipeError, "batch_size must be at least 1"),
+        ({"encoder": "stain-texture", "workers": -2}, RecipeError, "workers must be at least 1"),
     ],
-    ids=["nothing named", "field size", "no field", "device", "column name", "precision"],
+    ids=["nothing", "field size", "no field", "device", "name", "images", "precision", "batch", "workers"],
 )
 def test_a_wrong_option_is_one_clear_error(store, options, error, message):
     with pytest.raises(error, match=message):
@@ -318,6 +321,19 @@ def test_what_can_be_refused_is_refused_before_any_work(store, codec):
     with pytest.raises(StoreMismatch, match="field_size"):
         encode_store(store, codec=str(codec), encoder="stain-texture", field_size=128)
     assert TileStore.open(store).columns() == ["images", "embeddings-stain-texture"]
+
+
+def test_latents_and_embeddings_under_one_name_are_refused(store, codec):
+    """The second would find its slides done already, and be left out without a word."""
+    with pytest.raises(RecipeError, match="cannot share the column 'both'"):
+        encode_store(
+            store,
+            codec=str(codec),
+            encoder="stain-texture",
+            latents_column="both",
+            embeddings_column="both",
+        )
+    assert TileStore.open(store).columns() == ["images"]
 
 
 def test_values_that_half_precision_cannot_hold_are_refused(store, tmp_path):

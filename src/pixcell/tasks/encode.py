@@ -28,7 +28,7 @@ from pixcell.data.columns import differences, read_sidecar, stale_message
 from pixcell.data.images import ImageShard
 from pixcell.data.sealed import broken_seal, sealed_digest
 from pixcell.data.store import TileStore
-from pixcell.errors import CorruptShard, ModelError, SomeFailed, StoreError, StoreMismatch
+from pixcell.errors import CorruptShard, ModelError, RecipeError, SomeFailed, StoreError, StoreMismatch
 from pixcell.files import write_text
 from pixcell.models.codec import LatentCodec
 from pixcell.models.encoders import Encoder, load_encoder
@@ -115,6 +115,7 @@ def encode_store(
     Raises:
         ModelError: If neither a codec nor an encoder was named, or one cannot be loaded.
         StoreMismatch: If the tiles are no whole number of fields, or a column was made by something else.
+        RecipeError: If numbers make no sense, or both columns have one name.
         SomeFailed: If some slides failed; everything else is in the store.
     """
     if codec is None and encoder is None:
@@ -122,6 +123,9 @@ def encode_store(
             "nothing to encode with: name an autoencoder (--codec), an encoder (--encoder), or both. "
             "--encoder stain-texture needs no weights."
         )
+    for name, number in (("batch_size", batch_size), ("workers", workers)):
+        if number is not None and number < 1:
+            raise RecipeError(f"{name} must be at least 1, not {number}.")
     opened = TileStore.open(store)
     opened.remove_leftovers()
     if field_size < 1 or opened.tile_size % field_size:
@@ -140,6 +144,10 @@ def encode_store(
     if encoder is not None:
         described = load_encoder(encoder, weights=encoder_weights, download=download, dtype=dtype)
         targets.append(_embeddings_of(described, opened, field_size, precision, embeddings_column))
+    if len({target.column for target in targets}) < len(targets):
+        raise RecipeError(
+            f"latents and embeddings cannot share the column {targets[0].column!r}. Give them two names."
+        )
     for target in targets:
         run.check_maker(target)
     columns = []
@@ -282,6 +290,8 @@ class _Run:
             StoreMismatch: If the column was made by something else; names what differs.
             StoreError: If the column cannot have that name.
         """
+        if target.column == "images":
+            raise StoreError("the column 'images' holds the tiles themselves. Choose another column name.")
         self.store.shard_path(target.column, "any")
         for slide_id in self.store.slide_ids(target.column)[:1]:
             stored = read_sidecar(self.store.shard_path(target.column, slide_id))
