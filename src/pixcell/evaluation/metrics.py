@@ -249,8 +249,8 @@ def split_halves(
         members.setdefault(group, []).append(row)
     dealt: tuple[list[int], list[int]] = ([], [])
     names = list(members)
-    # In random order, each to the smaller side. Dealt by size, groups of unlike sizes would fall into the same
-    # halves every time, and a scatter over splits would mean nothing.
+    # In random order, each to the smaller side. Dealt by size, groups of unlike sizes would fall into the
+    # same halves every time, and a scatter over splits would mean nothing.
     for index in rng.permutation(len(names)):
         min(dealt, key=len).extend(members[names[index]])
     return np.array(sorted(dealt[0]), dtype=np.int64), np.array(sorted(dealt[1]), dtype=np.int64)
