@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pixcell.data.columns import sidecar_of
@@ -194,6 +195,13 @@ def test_the_index_follows_the_shards_and_can_be_deleted_at_any_time(store):
     (store.path / "images" / "B.h5").unlink()
     assert store.index() == first
     assert TileStore.open(store.path).index() == first
+
+
+def test_the_index_has_room_for_the_names_of_tens_of_millions_of_tiles(store):
+    """Plain Arrow strings end at two gigabytes per column, and sorting fails there."""
+    kinds = {field.name: field.type for field in store.index().schema}
+    assert {kinds[name] for name in ("slide_id", "name", "organ", "split")} == {pa.large_string()}
+    assert {field.type for field in TileStore.open(store.path).index().schema} == set(kinds.values())
 
 
 def test_an_attribute_cannot_shadow_a_column_of_the_index(store):

@@ -16,7 +16,7 @@ from pixcell.config import find_recipe, load_recipe, save_recipe
 from pixcell.data.drawn import draw_slide
 from pixcell.data.store import TileStore
 from pixcell.data.tiling import Tile
-from pixcell.errors import ModelError, PixCellError, RecipeError, UnreadableSlide
+from pixcell.errors import CorruptShard, ModelError, PixCellError, RecipeError, UnreadableSlide
 from pixcell.provenance import save_synthetic_png
 from pixcell.tasks.inspect import inspect
 
@@ -160,6 +160,15 @@ def test_verifying_a_store_finds_a_changed_byte(store):
     assert checked(store.path).problems == []
     facts = checked(store.path, verify=True)
     assert any("embeddings-tiny/one" in problem for problem in facts.problems)
+
+
+def test_verifying_lists_everything_even_where_a_store_is_too_damaged_to_be_described(store):
+    for name in ("images/one.h5", "embeddings-tiny/one.npy"):
+        (store.path / name).write_bytes((store.path / name).read_bytes()[:-200])
+    with pytest.raises(CorruptShard, match=r"one\.h5"):
+        inspect(store.path)
+    facts = checked(store.path, verify=True)
+    assert {problem.split(":")[0] for problem in facts.problems} >= {"images/one", "embeddings-tiny/one"}
 
 
 def test_a_run_tells_how_far_it_is_and_its_newest_figures(run):

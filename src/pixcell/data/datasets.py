@@ -235,7 +235,7 @@ class _Cut:
 
 
 class _Part:
-    """The chosen tiles of one source. Holds 20 bytes per tile, so that memory stays small at any size."""
+    """The chosen tiles of one source. Holds 24 bytes per tile, so that memory stays small at any size."""
 
     def __init__(
         self,
@@ -255,11 +255,11 @@ class _Part:
         self.fields_per_side = source.tile_size // size
         self.fields_per_tile = self.fields_per_side**2
         names = {"latents": latents, "embeddings": embeddings}
-        self._cuts = {kind: self._cut(name, size) for kind, name in names.items() if name}
+        self._cuts = {kind: self._cut(kind, name, size) for kind, name in names.items() if name}
         rows = _chosen(source.index(), where)
         self.slide_ids: list[str] = pc.unique(rows["slide_id"]).to_pylist()
         self._complete_in(names)
-        self.slide = pc.index_in(rows["slide_id"], pa.array(self.slide_ids)).to_numpy()
+        self.slide = pc.index_in(rows["slide_id"], pa.array(self.slide_ids, rows["slide_id"].type)).to_numpy()
         self.tile, self.x, self.y = (rows[key].to_numpy() for key in ("tile", "x", "y"))
         self._images = OpenFiles(source.images, limit=16)
 
@@ -270,8 +270,10 @@ class _Part:
     def columns(self) -> dict[str, TileColumn]:
         return {kind: cut.column for kind, cut in self._cuts.items()}
 
-    def _cut(self, name: str, size: int) -> _Cut:
+    def _cut(self, kind: str, name: str, size: int) -> _Cut:
         column = self.source.column(name)
+        if (stored := column.made_by.get("kind", kind)) != kind:
+            raise StoreMismatch(f"column {name!r} holds {stored}, not {kind}. Name a column of {kind}.")
         field_size = self.source.tile_size // column.shape[0]
         if size % field_size:
             raise StoreMismatch(
@@ -350,7 +352,8 @@ def _chosen(index: pa.Table, where: Mapping[str, Sequence[str]]) -> pa.Table:
     """Return the rows of the tiles that have one of the wanted values of every attribute."""
     if not len(index):
         raise StoreError("the store holds no tiles yet. Run `pixcell tile` first.")
-    attributes = [name for name in index.column_names if pa.types.is_string(index.schema.field(name).type)]
+    texts = (pa.string(), pa.large_string())
+    attributes = [field.name for field in index.schema if field.type in texts]
     for attribute, values in where.items():
         if isinstance(values, str):
             raise TypeError(f"where[{attribute!r}] is a list of values, not {values!r}")
@@ -359,7 +362,7 @@ def _chosen(index: pa.Table, where: Mapping[str, Sequence[str]]) -> pa.Table:
             hint = f" Did you mean {near[0]!r}?" if near else f" Attributes: {_listed(attributes)}."
             raise StoreError(f"no tile of the store has an attribute {attribute!r}.{hint}")
         kept = index.filter(
-            pc.is_in(index[attribute], pa.array([str(value) for value in values], pa.string()))
+            pc.is_in(index[attribute], pa.array([str(value) for value in values], index[attribute].type))
         )
         if not len(kept):
             there = sorted(str(value) for value in pc.unique(index[attribute]).to_pylist())

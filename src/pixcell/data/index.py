@@ -22,15 +22,17 @@ __all__ = ["INDEX_COLUMNS", "up_to_date_index"]
 logger = logging.getLogger(__name__)
 
 _SHARDS_KEY = b"pixcell_shards"
+# Large: the names of thirty million tiles are more than the two gigabytes that plain strings may hold.
+_TEXT = pa.large_string()
 INDEX_COLUMNS = {
-    "slide_id": pa.string(),
+    "slide_id": _TEXT,
     "tile": pa.int32(),
     "x": pa.int64(),
     "y": pa.int64(),
     "tissue": pa.float64(),
     "pen": pa.float64(),
     "sharpness": pa.float64(),
-    "name": pa.string(),
+    "name": _TEXT,
 }
 """Columns that every index has; attributes of tiles follow."""
 
@@ -39,7 +41,6 @@ def up_to_date_index(
     path: Path,
     checksums: Mapping[str, str],
     open_images: Callable[[str], ImageShard],
-    known: pa.Table | None = None,
 ) -> pa.Table:
     """Return the index of a store, reading only the shards that it does not know yet.
 
@@ -47,11 +48,9 @@ def up_to_date_index(
         path: Where the index is kept; written when something changed.
         checksums: Of every images shard, by slide.
         open_images: Opens the images of a slide.
-        known: The index as it was a moment ago.
     """
     stamp = json.dumps(checksums, sort_keys=True).encode()
-    if known is None or known.schema.metadata[_SHARDS_KEY] != stamp:
-        known = _stored(path)
+    known = _stored(path)
     if known is None or known.schema.metadata[_SHARDS_KEY] != stamp:
         known = _rebuilt(known, checksums, open_images).replace_schema_metadata({_SHARDS_KEY: stamp})
         try:
@@ -77,17 +76,17 @@ def _rebuilt(
     old: pa.Table | None, checksums: Mapping[str, str], open_images: Callable[[str], ImageShard]
 ) -> pa.Table:
     states = {} if old is None else json.loads(old.schema.metadata[_SHARDS_KEY])
-    kept = [slide_id for slide_id in checksums if states.get(slide_id) == checksums[slide_id]]
+    kept = {slide_id for slide_id in checksums if states.get(slide_id) == checksums[slide_id]}
     parts = [pa.schema(list(INDEX_COLUMNS.items())).empty_table()]
     if old is not None and kept:
-        rows = old.filter(pc.is_in(old["slide_id"], pa.array(kept, pa.string())))
+        rows = old.filter(pc.is_in(old["slide_id"], pa.array(sorted(kept), old["slide_id"].type)))
         # An attribute that only shards had which are gone must go, too: the index is what the shards say.
         gone = [
             name for name in rows.column_names[len(INDEX_COLUMNS) :] if rows[name].null_count == len(rows)
         ]
         parts.append(rows.drop_columns(gone).replace_schema_metadata(None))
-    parts += [_rows_of(open_images(slide_id)) for slide_id in checksums if slide_id not in set(kept)]
-    table = pa.concat_tables(parts, promote_options="default")
+    parts += [_rows_of(open_images(slide_id)) for slide_id in checksums if slide_id not in kept]
+    table = pa.concat_tables(parts, promote_options="permissive")
     attributes = sorted(set(table.column_names) - set(INDEX_COLUMNS))
     table = table.select([*INDEX_COLUMNS, *attributes])
     return table.sort_by([("slide_id", "ascending"), ("tile", "ascending")]).combine_chunks()
@@ -96,11 +95,11 @@ def _rebuilt(
 def _rows_of(shard: ImageShard) -> pa.Table:
     tiles = shard.tiles
     columns = {
-        "slide_id": pa.array([shard.slide_id] * len(tiles), pa.string()),
+        "slide_id": pa.array([shard.slide_id] * len(tiles), _TEXT),
         "tile": pa.array(range(len(tiles)), pa.int32()),
     }
     for name, kind in list(INDEX_COLUMNS.items())[2:]:
         columns[name] = pa.array([tile[name] for tile in tiles], kind)
     for name in sorted({name for tile in tiles for name in tile["attributes"]}):
-        columns[name] = pa.array([tile["attributes"].get(name) for tile in tiles], pa.string())
+        columns[name] = pa.array([tile["attributes"].get(name) for tile in tiles], _TEXT)
     return pa.table(columns)

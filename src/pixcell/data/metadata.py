@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pixcell.data.index import INDEX_COLUMNS
 from pixcell.errors import MetadataError
 
 __all__ = ["Row", "match_rows", "read_metadata"]
 
 # Fields of a tile and columns of the index: an attribute of that name would hide them.
-_TAKEN = {"slide_id", "tile", "x", "y", "size", "tissue", "pen", "sharpness", "name"}
+_TAKEN = {*INDEX_COLUMNS, "size"}
 
 
 @dataclass(frozen=True)

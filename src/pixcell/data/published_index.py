@@ -7,7 +7,7 @@ One dataset of byte strings per source, ``<source>_1024``; its values are names 
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -74,7 +74,7 @@ def read_index(root: Path) -> dict[str, list[str]]:
         for name in names:
             name_parts(name)
         if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(names).most_common(1)[0][0]
             raise StoreError(f"{path}: {twice!r} stands more than once in {key!r}. Remove the repetition.")
         index[key.removesuffix(f"_{TILE_SIZE}")] = names
     return index
@@ -158,7 +158,7 @@ def write_index(root: Path, index: Mapping[str, Sequence[str]]) -> None:
     """
     for source, names in index.items():
         if len(set(names)) != len(names):
-            twice = next(name for name in names if list(names).count(name) > 1)
+            twice = Counter(names).most_common(1)[0][0]
             raise StoreError(f"two tiles of source {source!r} would have the name {twice!r}.")
     path = root / _INDEX
     if path.exists():

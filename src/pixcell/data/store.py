@@ -82,7 +82,6 @@ class TileStore:
         self.path = path
         self.tiling = dict(tiling)
         self._digests: dict[str, tuple[int, int, str]] = {}
-        self._index: pa.Table | None = None
 
     @classmethod
     def create(cls, path: Path, tiling: Mapping[str, Any]) -> Self:
@@ -379,10 +378,7 @@ class TileStore:
         ``pen``, ``sharpness``, ``name``, then every attribute (label, organ, stain, split, ...), null where a
         tile has none. Kept in ``index.parquet`` and made again when shards were added, replaced or removed.
         """
-        self._index = up_to_date_index(
-            self.path / "index.parquet", self.checksums(), self.images, known=self._index
-        )
-        return self._index
+        return up_to_date_index(self.path / "index.parquet", self.checksums(), self.images)
 
     @property
     def num_tiles(self) -> int:

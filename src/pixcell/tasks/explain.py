@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pixcell.data.index import INDEX_COLUMNS
 from pixcell.data.slides import Slide, find_slides
 from pixcell.data.store import TileStore
 from pixcell.data.tissue import find_tissue
-from pixcell.errors import EvaluationError, PixCellError
+from pixcell.errors import CorruptShard, EvaluationError, PixCellError
 from pixcell.provenance import read_provenance
 from pixcell.tasks.facts import Facts, Section, flattened, size_of, size_text
 
@@ -137,10 +141,15 @@ def explain_folder(path: Path, verify: bool = False) -> Facts:
 def explain_store(path: Path, verify: bool = False) -> Facts:
     """Explain a tile store; ``verify`` reads every byte."""
     store = TileStore.open(path)
+    problems = [f"{each.column}/{each.slide_id}: {each.reason}" for each in store.verify()] if verify else []
     slides = store.slide_ids()
-    summary = store.summary()
-    index = store.index()
-    known = {"slide_id", "tile", "x", "y", "tissue", "pen", "sharpness", "name"}
+    try:
+        summary, index = store.summary(), store.index()
+    except CorruptShard:
+        if not problems:
+            raise
+        # Too damaged to be described; everything that is wrong with it helps more than the first thing.
+        return Facts("tile store", path, [Section("store", {"slides": len(slides)})], problems, verified=True)
     attributes = [
         (
             name,
@@ -149,8 +158,8 @@ def explain_store(path: Path, verify: bool = False) -> Facts:
             ),
         )
         for name in index.column_names
-        if name not in known
-        for counted in [Counter(index.column(name).to_pylist()).most_common(8)]
+        if name not in INDEX_COLUMNS
+        for counted in [_counted(index.column(name)).most_common(8)]
     ]
     columns = [
         (
@@ -167,8 +176,7 @@ def explain_store(path: Path, verify: bool = False) -> Facts:
         for slide_id in slides
         if (names := [each.name for each in summary if not store.has(each.name, slide_id)])
     ]
-    tiles = Counter(index.column("slide_id").to_pylist())
-    problems = [f"{each.column}/{each.slide_id}: {each.reason}" for each in store.verify()] if verify else []
+    tiles = _counted(index.column("slide_id"))
     return Facts(
         "tile store",
         path,
@@ -212,6 +220,11 @@ def explain_report(path: Path, verify: bool = False) -> Facts:
         *(Section(title, entries) for title, entries in report.protocol().items()),
     ]
     return Facts("report of an evaluation", path, sections)
+
+
+def _counted(values: pa.ChunkedArray) -> Counter[str | None]:
+    """Count in Arrow: a store may have tens of millions of tiles."""
+    return Counter({each["values"].as_py(): each["counts"].as_py() for each in pc.value_counts(values)})
 
 
 def _explain_pictures(path: Path, files: Sequence[Path]) -> Facts:
