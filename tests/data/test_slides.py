@@ -5,13 +5,14 @@ import importlib.util
 import pickle
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import openslide
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from pixcell.data.backends import OpenSlideBackend
 from pixcell.data.slides import Slide, find_slides
@@ -445,6 +446,36 @@ def test_a_folder_gives_its_slides_sorted_and_nothing_else(tmp_path):
         "a/one.tif", "b/two.svs", "c.PNG"
     ]  # fmt: skip
     assert find_slides(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+
+
+def test_pictures_of_a_store_beside_the_slides_are_no_slides(tmp_path):
+    """``pixcell tile . store`` twice must not tile its own overviews."""
+    for name in ("a.svs", "store/store.json", "store/qc/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_slides(tmp_path) == [tmp_path / "a.svs"]
+    assert find_slides(tmp_path / "store" / "qc") == [tmp_path / "store" / "qc" / "a.jpg"]
+
+
+def test_threads_decode_images_side_by_side(tmp_path, monkeypatch, picture):
+    """The lock around PIL's global limit is not held while pixels are decoded."""
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    inside, real = threading.Barrier(2, timeout=20), PngImagePlugin.PngImageFile.load
+
+    def load(image):
+        inside.wait()
+        return real(image)
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(Slide.open, [tmp_path / "a.png"] * 2))) == 2
+
+
+def test_grey_with_more_bits_than_pil_converts_is_refused_not_turned_white(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(">u2").tobytes()
+    (tmp_path / "ramp.pgm").write_bytes(b"P5 64 64 65535\n" + ramp)
+    with pytest.raises(UnreadableSlide, match="int32 pixels have no stated black and white"):
+        Slide.open(tmp_path / "ramp.pgm")
 
 
 def test_a_folder_without_slides_and_a_missing_path_are_errors(tmp_path):

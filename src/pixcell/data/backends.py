@@ -14,7 +14,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import openslide
@@ -33,6 +33,7 @@ _MOST_PIXELS_IN_MEMORY = 1 << 30
 _SAME_PIXELS_AS_OPENSLIDE = {"aperio", "generic-tiff"}
 
 
+@runtime_checkable
 class Backend(Protocol):
     """What ``Slide`` needs from a reader."""
 
@@ -195,7 +196,9 @@ class ImageBackend:
     def __init__(self, path: Path, tried: str = "") -> None:
         """Decode; raises UnreadableSlide."""
         try:
-            with _large_images_allowed(), Image.open(path) as image:
+            with _large_images_allowed():
+                opened = Image.open(path)  # reads the header only
+            with opened as image:
                 if image.width * image.height > _MOST_PIXELS_IN_MEMORY:
                     raise UnreadableSlide(
                         path,
@@ -252,7 +255,7 @@ _pixel_limit_lock = threading.Lock()
 def _large_images_allowed() -> Iterator[None]:
     """PIL takes pictures above 179 million pixels for attacks; in pathology they are pictures.
 
-    Its limit is a global: it is lifted for the time of one decode, under a lock, and put back. Ours holds.
+    Its limit is a global: it is lifted while a header is read, under a lock, and put back. Ours holds.
     """
     with _pixel_limit_lock:
         limit = Image.MAX_IMAGE_PIXELS

@@ -197,6 +197,8 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(
             PixelFormat(1, bits=16).to_rgb8(np.asarray(image).astype(np.uint16)[..., None])
         )
+    if image.mode in ("I", "F"):  # PIL would cut everything above 255 to white
+        return Image.fromarray(PixelFormat(1).to_rgb8(np.asarray(image)[..., None]))
     if image.mode == "LAB":
         to_rgb = ImageCms.buildTransform(
             ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"

@@ -346,7 +346,7 @@ def find_slides(path: Path) -> list[Path]:
     """Return the slides that a path stands for.
 
     A file is a slide whatever its ending. A folder gives the slides in it and below, sorted by path; hidden
-    files and unknown endings are left out. A folder that holds DICOM instances is one slide.
+    files, unknown endings and tile stores are left out. A folder that holds DICOM instances is one slide.
 
     Raises:
         UnreadableSlide: If there is no such file, or no slide in the folder.
@@ -358,6 +358,9 @@ def find_slides(path: Path) -> list[Path]:
         return [path]
     found: list[Path] = []
     for place, folders, names in os.walk(path):
+        if "store.json" in names:  # a store made in the folder of its slides; its pictures are no slides
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         folder = Path(place)
         files = [folder / name for name in sorted(names) if not name.startswith(".")]
