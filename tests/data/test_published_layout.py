@@ -252,6 +252,9 @@ def test_one_bad_tile_fails_its_slide_and_no_other(published, tmp_path, spoil, r
     store = TileStore.open(tmp_path / "store")
     assert len(store.slide_ids("latents-sd3")) == 3
     assert store.verify() == []
+    write_published(published)
+    import_published_layout(published, tmp_path / "store", workers=1)
+    assert not (tmp_path / "store" / "reports" / "import-failures.csv").exists(), "nothing fails any more"
 
 
 def test_features_in_both_places_are_not_chosen_from_in_silence(published, tmp_path):

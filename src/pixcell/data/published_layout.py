@@ -7,7 +7,7 @@
 
 The published documentation puts the features beside the images, as above; the published code reads them under
 ``ROOT/features/`` with the same relative path. Both are read; the documented place is written unless the
-other is asked for. Going through a store and back is lossless: bytes of images, arrays, names and their order.
+other is asked for. Through a store and back is lossless: bytes of images, arrays, names, and their order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -148,12 +148,12 @@ def _feature(root: Path, name: str, suffix: str, features_in: FeaturePlace | Non
         where = " nor ".join(str(places[place]) for place in looked)
         raise StoreError(
             f"{name} has no {suffix}: it is not at {where}. Make the features, or import images only "
-            "(latents=false, embeddings=false)."
+            "(--set latents=false --set embeddings=false)."
         )
     if len(found) > 1:
         raise StoreError(
             f"{name} has {suffix} both beside the image and below features/. Say which to read: "
-            "features_in=beside or features_in=features."
+            "--set features_in=beside or --set features_in=features."
         )
     return found[0]
 

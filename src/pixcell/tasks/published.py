@@ -113,12 +113,10 @@ def import_published_layout(
             else:
                 failures.append((result.item.slide_id, result.reason))
     target.index()
-    if failures:
-        table = store / "reports" / "import-failures.csv"
-        _write_failures(table, failures)
-        raise SomeFailed("slides", failures, table)
     names = ("images", *(column.name for column in columns.values()))
-    return PublishedResult(root, store, len(slides), num_tiles, names)
+    done = PublishedResult(root, store, len(slides) - len(failures), num_tiles, names)
+    _report(store / "reports" / "import-failures.csv", failures, done)
+    return done
 
 
 def _import_one(
@@ -198,13 +196,11 @@ def export_published_layout(
                 failures.append((result.item, result.reason))
             else:
                 written[result.item] = result.value
-    if failures:
-        table = root / "export-failures.csv"
-        _write_failures(table, failures)
-        raise SomeFailed("slides", failures, table)
-    entries = [entry for slide_id in slide_ids for entry in written[slide_id]]
+    entries = [entry for slide_id in slide_ids for entry in written.get(slide_id, ())]
+    done = PublishedResult(store, root, len(written), len(entries), ("images", *columns.values()))
+    _report(root / "export-failures.csv", failures, done)
     write_index(root, exported_order(entries))
-    return PublishedResult(store, root, len(slide_ids), len(entries), ("images", *columns.values()))
+    return done
 
 
 def _export_one(
@@ -221,7 +217,12 @@ def _export_one(
     )
 
 
-def _write_failures(path: Path, failures: Sequence[tuple[str, str]]) -> None:
+def _report(path: Path, failures: Sequence[tuple[str, str]], result: PublishedResult) -> None:
+    """Write the table of failures and raise, or remove the table of an earlier run."""
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("slide", "reason"), *failures])
     write_text(path, text.getvalue())
+    raise SomeFailed("slides", failures, path, result)
