@@ -96,6 +96,19 @@ def test_a_slide_that_changed_under_its_name_is_not_passed_over(slides, tmp_path
         tiled(slides / "b.png", tmp_path / "store")
 
 
+def test_a_damaged_shard_of_an_earlier_run_does_not_hide_what_this_one_did(slides, tmp_path):
+    tiled(slides / "b.png", tmp_path / "store")
+    shard = tmp_path / "store" / "images" / "b.h5"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (slides / "b.png").rename(tmp_path / "b.png")
+    tiled(slides, tmp_path / "store")
+    with (tmp_path / "store" / "reports" / "tiling.csv").open(encoding="utf-8") as file:
+        lines = {row["slide"]: (row["status"], row["reason"]) for row in csv.DictReader(file)}
+    assert lines["Präparat 1 組織"] == ("tiled", "")
+    assert lines["b"][0] == "failed"
+    assert "does not end in its checksum" in lines["b"][1]
+
+
 def test_another_resolution_for_a_finished_slide_is_not_passed_over(slides, tmp_path):
     tiled(slides / "b.png", tmp_path / "store")
     with pytest.raises(SomeFailed, match=r"mpp 0\.5, now it has 0\.25"):

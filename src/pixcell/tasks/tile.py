@@ -22,7 +22,7 @@ from pixcell.data.ready_made import ImageCutter, ReadyMade
 from pixcell.data.slides import Slide, find_slides
 from pixcell.data.store import TileStore
 from pixcell.data.tiling import VERDICTS, SlideCutter, TilingConfig, TilingRecipe
-from pixcell.errors import MetadataError, OutputError, SlideError, SomeFailed, StoreMismatch
+from pixcell.errors import CorruptShard, MetadataError, OutputError, SlideError, SomeFailed, StoreMismatch
 from pixcell.files import write_text
 from pixcell.parallel import Failed, default_workers, map_slides
 
@@ -374,13 +374,14 @@ def _renamed_as_stored(jobs: Sequence[_Job], store: TileStore) -> list[_Job]:
     The id of a slide depends on its namesakes: cut alone it is ``a``, cut together with another ``a`` it is
     ``folder__a``. Neither may put it into the store twice.
     """
-    stored = store.slide_ids()
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for each in store.slide_ids():
+        for start in (0, *(match.end() for match in re.finditer("(?<=__)", each))):
+            by_stem[each[start:]].append(each)
     result = []
     for job in jobs:
         stem = _clean(job.path.name if job.path.is_dir() else job.path.stem)
-        others = [
-            each for each in stored if each != job.slide_id and (each == stem or each.endswith(f"__{stem}"))
-        ]
+        others = [each for each in by_stem.get(stem, ()) if each != job.slide_id]
         known = job.slide_id
         if others and not store.has("images", job.slide_id):
             fingerprint = _fingerprint(job)
@@ -419,8 +420,12 @@ def _source_of(job: _Job) -> str:
 def _stored_summaries(store: TileStore) -> list[SlideSummary]:
     summaries = []
     for slide_id in store.slide_ids():
-        with store.images(slide_id) as shard:
-            summaries.append(_summary(slide_id, shard.slide, "tiled"))
+        try:
+            with store.images(slide_id) as shard:
+                summaries.append(_summary(slide_id, shard.slide, "tiled"))
+        except CorruptShard as error:  # of an earlier run; this one's slides are to be reported all the same
+            logger.warning("%s", error)
+            summaries.append(SlideSummary(slide_id, "", "failed", reason=str(error)))
     return summaries
 
 
