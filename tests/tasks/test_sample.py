@@ -235,6 +235,12 @@ class TestModels:
         sample(model, tmp_path, like=[references[0].parent], count=8, seed=1, steps=STEPS)
         assert bytes_of(tmp_path) == bytes_of(eight[0])
 
+    def test_a_folder_of_samples_is_imitated_without_its_contact_sheet(self, model, eight, tmp_path):
+        out, _ = eight
+        result = sample(model, tmp_path, like=[out], count=1, steps=1)
+        assert len(result.references) == 8
+        assert "contact_sheet.png" not in result.references
+
 
 class TestRestart:
     def test_what_is_there_is_kept(self, model, references, eight, tmp_path):
@@ -304,6 +310,7 @@ class TestBadInput:
             ({"like": ()}, RecipeError, "nothing to imitate"),
             ({"unconditional": True}, RecipeError, "contradict"),
             ({"count": 0}, RecipeError, "--count 0 must be at least 1"),
+            ({"count": 10**9}, RecipeError, "--count 1000000000 is more than"),
             ({"batch_size": 0}, RecipeError, "--batch-size 0"),
             ({"seed": -1}, RecipeError, "--seed -1"),
             ({"guidance_scale": float("nan")}, RecipeError, "--guidance nan"),
@@ -331,6 +338,32 @@ class TestBadInput:
         for name in ("notes.png", "missing.png"):
             with pytest.raises(UnreadableSlide, match=name):
                 sample(model, tmp_path / "out", like=[tmp_path / name], steps=STEPS)
+
+    def test_a_store_is_no_folder_of_references(self, model, tmp_path):
+        """Its only pictures are overviews with masks drawn over them."""
+        (tmp_path / "store.json").touch()
+        (tmp_path / "qc").mkdir()
+        Image.fromarray(tissue(1)).save(tmp_path / "qc" / "case.png")
+        with pytest.raises(SlideError, match="is a tile store"):
+            sample(model, tmp_path / "out", like=[tmp_path], count=1, steps=1)
+
+    def test_a_changed_checkpoint_makes_no_pictures(self, model, references, tmp_path):
+        """Changed weights would make other pictures, and nothing would tell."""
+        checkpoint = write_checkpoint(
+            tmp_path / "run", 3, lambda folder: shutil.copytree(model, folder / "pipeline") and None
+        )
+        weights = next((checkpoint.pipeline / "transformer").glob("*.safetensors"))
+        changed = bytearray(weights.read_bytes())
+        changed[-1] ^= 1
+        weights.write_bytes(changed)
+        for place in (tmp_path / "run", checkpoint.path, checkpoint.pipeline):
+            with pytest.raises(RunError, match="its checksum differs"):
+                sample(place, tmp_path / "out", like=references, count=1, steps=1)
+
+    def test_a_guidance_beyond_all_numbers_makes_no_black_pictures(self, model, references, tmp_path):
+        with pytest.raises(ModelError, match="Lower the guidance"):
+            sample(model, tmp_path / "out", like=references, count=1, steps=1, guidance_scale=1e38)
+        assert not list((tmp_path / "out").glob("*.png"))
 
     def test_a_folder_without_pictures(self, model, tmp_path):
         (tmp_path / "empty").mkdir()

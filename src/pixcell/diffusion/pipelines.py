@@ -252,6 +252,12 @@ class PixCellPipeline(DiffusionPipeline):
             decode = self.codec.decode
             parts = side_by_side(lambda part: decode(part.clone()), latents.split(1), latents.device)
             images = torch.cat(parts)
+        if not torch.isfinite(images).all():
+            raise ModelError(
+                "the sampler left the range of numbers: a picture is not finite, and would come out black. "
+                "Lower the guidance, take more steps or another scheduler, or compute in fp32; and check the "
+                "weights."
+            )
         if output_type == "pt":
             return images
         if output_type == "np":

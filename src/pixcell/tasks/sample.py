@@ -46,7 +46,10 @@ _NAME = re.compile(r"\d{5,}_.*\.png")
 _OF_ONE_PICTURE = {"index", "like", "like_sha256", "like_resolution", "embedding_hash"}
 """Entries of a record that belong to one picture; the others are the recipe, the same for all."""
 _NOT_COMPARED = {"versions", "synthetic"}
+_SHEET = "contact_sheet.png"
 _SHEET_PICTURES = 64
+_MOST_PICTURES = 1_000_000
+"""The plan of all of them is held in memory."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,11 @@ def _check_arguments(
     for what, value, least in (("--count", count, 1), ("--batch-size", batch_size, 1), ("--seed", seed, 0)):
         if value < least:
             raise RecipeError(f"{what} {value} must be at least {least}.")
+    if count > _MOST_PICTURES:
+        raise RecipeError(
+            f"--count {count} is more than the {_MOST_PICTURES} that one folder takes. "
+            "Sample several folders, each with its own --seed."
+        )
     if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise RecipeError(f"--guidance {guidance_scale} must be 0 or more (1 is no guidance, 2 is usual).")
 
@@ -255,6 +263,7 @@ def _find_model(place: Path) -> tuple[Path, str, int | None]:
             return place, place.resolve().name, None
         place = place.parent
     checkpoint = Checkpoint.find(place)
+    checkpoint.verify("pipeline")  # changed weights would make other pictures, and say nothing
     resolved = checkpoint.path.resolve()
     run = resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
     return checkpoint.pipeline, run.name, checkpoint.step
@@ -288,11 +297,21 @@ def _load_encoder(
 def _expanded(like: Sequence[Path]) -> list[Path]:
     files = []
     for path in map(Path, like):
+        if (path / "store.json").is_file():
+            raise SlideError(
+                f"{path} is a tile store; its pictures are overviews for people. Give pictures of tissue."
+            )
         found = find_slides(path) if path.is_dir() else [path]
-        if not found:
+        # Where a folder of samples is imitated, its contact sheet is none of them.
+        taken = [file for file in found if not (path.is_dir() and file.name == _SHEET and _is_sheet(file))]
+        if not taken:
             raise SlideError(f"there is no picture in {path}. Give pictures, or a folder that holds some.")
-        files += found
+        files += taken
     return files
+
+
+def _is_sheet(path: Path) -> bool:
+    return bool((read_provenance(path) or {}).get("contact_sheet"))
 
 
 def _settings_of(scheduler: SchedulerMixin) -> dict[str, Any]:
@@ -475,7 +494,7 @@ def _write_sheet(
     )
     how = f"seed {recipe['seed']}, {recipe['steps']} steps, {guidance}"
     title = f"Synthetic tissue{more}: {recipe['model']}{step}, {how}"
-    path = out / "contact_sheet.png"
+    path = out / _SHEET
     sheet = draw_contact_sheet(title, rows)
     save_synthetic_png(path, np.asarray(sheet), {"contact_sheet": True, **recipe})
     return path

@@ -96,13 +96,18 @@ class Checkpoint:
         """The folder to resume from."""
         return self.path / "state"
 
-    def verify(self) -> None:
+    def verify(self, part: str = "") -> None:
         """Compare every file with its checksum.
+
+        Args:
+            part: ``"pipeline"`` or ``"state"``: only the files of that folder.
 
         Raises:
             RunError: Names the first file that is missing or changed.
         """
         for name, digest in self.facts["files"].items():
+            if not name.startswith(f"{part}/" if part else ""):
+                continue
             file = self.path / name
             if not file.is_file():
                 raise RunError(f"{file} is missing. {_way_out(self.path)}")
