@@ -10,6 +10,7 @@ from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.errors import (
     MissingColumn,
     MissingWeights,
+    ModelError,
     OutputError,
     RecipeError,
     RunError,
@@ -121,6 +122,9 @@ def test_a_read_only_place_is_an_output_error(recipe, tmp_path):
     [
         ("data.latents=latents-none", MissingColumn, "latents-none"),
         ("data.size=48", StoreMismatch, "48"),
+        ("data.latents=embeddings-colour", StoreMismatch, "holds embeddings, not latents"),
+        ("data.embeddings=latents-tiny", StoreMismatch, "holds latents, not embeddings"),
+        ("model.attention_head_dim=15", ModelError, "need a multiple of 4"),
         ("data.store=nowhere", StoreError, "nowhere"),
         ("data.where.split=[validation]", StoreError, "no tile remains where split is validation"),
         ("trainer.batch_size=64", RecipeError, "46 samples, fewer than one batch of 64"),
@@ -140,6 +144,8 @@ def test_what_a_user_gets_wrong_is_said(recipe, tmp_path, override, error, messa
         ("objective.name=denoise", "objective"),
         ("objective.drop_conditoning=0.2", "Did you mean 'drop_conditioning'"),
         ("model.name=autoencoder", "unknown key"),
+        ("data.store=[a, b, ./a]", "names one store twice"),
+        ("trainer.seed=9223372036854775808", "trainer.seed: Input should be less than"),
         ("data.embeddings=null", "denoising needs data.latents and data.embeddings"),
     ],
 )

@@ -49,6 +49,12 @@ class DataConfig(Config):
     held_out: int = Field(8, gt=0)
     """Fields, evenly spread, that are kept out of training and shown in previews."""
 
+    @model_validator(mode="after")
+    def _no_store_twice(self) -> Self:
+        if len({path.resolve() for path in self.stores}) < len(self.stores):
+            raise ValueError("data.store names one store twice; fields held out of one would be trained on")
+        return self
+
     @property
     def stores(self) -> list[Path]:
         """The stores, also where there is one."""

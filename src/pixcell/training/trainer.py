@@ -69,7 +69,7 @@ class TrainerConfig(Config):
     """Loader processes; 0 prepares samples between steps. Does not change the run."""
     device: Literal["auto", "cpu"] = "auto"
     """``auto``: the accelerator that the launcher assigns, else the CPU."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 @dataclass(frozen=True)
