@@ -274,3 +274,14 @@ def test_the_prostate_section_keeps_its_tissue_and_loses_its_pen(shared_data):
         assert where.tissue_fraction(box(*place)) < 0.05, place  # glass between and around
     for place in ((0.3, 0.03), (0.555, 0.33), (0.46, 0.065), (0.01, 0.16)):
         assert where.pen_fraction(box(*place)) > 0.3, place  # green on glass and tissue, blue
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2.4, 7, 38])
+def test_growing_by_doubled_stretches_is_the_maximum_over_a_square(radius):
+    from scipy import ndimage
+
+    from pixcell.data.tissue import _grown
+
+    mask = np.random.default_rng(0).random((90, 140)) > 0.97
+    square = ndimage.maximum_filter(mask, 2 * round(radius) + 1, mode="nearest")
+    np.testing.assert_array_equal(_grown(mask, radius), square)
