@@ -346,6 +346,10 @@ class TestWrongInput:
         [
             ({"caption_num_tokens": 3}, "not a square number"),
             ({"cross_attention_dim": 20}, "must be equal"),
+            (
+                {"num_attention_heads": 2, "attention_head_dim": 15, "cross_attention_dim": 30},
+                "need a multiple of 4",
+            ),
             ({"sample_size": 7}, "multiple of patch_size"),
             ({"norm_type": "layer_norm"}, "ada_norm_single"),
             ({"use_additional_conditions": True}, "set it to false"),

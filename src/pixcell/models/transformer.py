@@ -438,6 +438,11 @@ def _check_architecture(
             f"cross_attention_dim is {cross_attention_dim} and the model is {width} wide "
             "(num_attention_heads x attention_head_dim); they must be equal."
         )
+    if width % 4:
+        raise ModelError(
+            f"the model is {width} wide (num_attention_heads x attention_head_dim); its positions are sines "
+            "and cosines of rows and columns, which need a multiple of 4."
+        )
     if sample_size <= 0 or sample_size % patch_size:
         raise ModelError(f"sample_size {sample_size} must be a positive multiple of patch_size {patch_size}.")
     if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
