@@ -12,6 +12,7 @@ GPU model or library version rounds differently, and pictures then differ a litt
 """
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ __all__ = [
     "make_scheduler",
     "noise_for",
     "sample_latents",
+    "scheduler_settings",
 ]
 
 _TRAINED = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -97,6 +99,17 @@ def make_scheduler(name: str = "dpm-solver++") -> SchedulerMixin:
         raise ModelError(f"no scheduler {name!r}. Choose one of {', '.join(sorted(SCHEDULERS))}.")
     kind, settings = SCHEDULERS[name]
     return kind(**settings)
+
+
+def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Return where a scheduler differs from its class's defaults, as JSON values.
+
+    The class alone does not say what it does: some hold deterministic and stochastic solvers.
+    """
+    given = inspect.signature(type(scheduler)).parameters
+    config = {key: value for key, value in scheduler.config.items() if key in given}
+    settings = {key: value for key, value in config.items() if value != given[key].default}
+    return dict(json.loads(json.dumps(settings, default=str)))
 
 
 def generator_for(seed: int, index: int) -> torch.Generator:

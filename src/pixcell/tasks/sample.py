@@ -8,8 +8,6 @@ Picture number *i* takes reference ``i % number of references`` and the noise of
 ``count`` is a continuation: the first 16 of 100 are the 16 of 16. A run that was stopped goes on.
 """
 
-import inspect
-import json
 import math
 import re
 import time
@@ -20,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
 from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,7 +26,7 @@ from pixcell.console import facts, progress
 from pixcell.data.slides import Slide, find_slides
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.pipelines import PixCellPipeline
-from pixcell.diffusion.sampling import check_steps, generator_for, make_scheduler
+from pixcell.diffusion.sampling import check_steps, generator_for, make_scheduler, scheduler_settings
 from pixcell.errors import ModelError, OutputError, RecipeError, SlideError, UnknownResolution
 from pixcell.files import sha256_of, write_json, writing_to
 from pixcell.geometry import Box, scale_between
@@ -183,7 +180,7 @@ def sample(
         "steps": steps,
         "guidance_scale": None if unconditional else float(guidance_scale),
         "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_settings": _settings_of(pipeline.scheduler),
+        "scheduler_settings": scheduler_settings(pipeline.scheduler),
         "size": pipeline.sample_size,
         "mpp": pipeline.facts.get("mpp"),
         "device": chosen_device.type,
@@ -312,14 +309,6 @@ def _expanded(like: Sequence[Path]) -> list[Path]:
 
 def _is_sheet(path: Path) -> bool:
     return bool((read_provenance(path) or {}).get("contact_sheet"))
-
-
-def _settings_of(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Where a scheduler differs from its class's defaults: a class may hold several solvers."""
-    given = inspect.signature(type(scheduler)).parameters
-    config = {key: value for key, value in scheduler.config.items() if key in given}
-    settings = {key: value for key, value in config.items() if value != given[key].default}
-    return dict(json.loads(json.dumps(settings, default=str)))  # as it is read back from a picture
 
 
 def _read_reference(
