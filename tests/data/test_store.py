@@ -410,6 +410,24 @@ def test_a_writer_that_comes_second_keeps_what_the_first_made(store):
     assert store.verify() == []
 
 
+def test_a_writer_that_comes_second_with_another_encoder_does_not_rewrite_the_description(store):
+    """Else the column would name the second encoder for what the first one made, and nobody would know."""
+    options = {"shape": (4, 4, 6), "dtype": np.float16, "num_tiles": 5}
+    other = {**EMBEDDINGS_MADE_BY, "encoder": {"name": "other", "sha256": "f" * 64}}
+    records = records_of("A 1", 5, (4, 4, 6))
+
+    def overtaken():
+        yield records[:1]
+        TileStore.open(store.path).write_column("raced", "A 1", [records + 1], made_by=other, **options)
+        yield records[1:]
+
+    with pytest.raises(StoreMismatch, match=r"encoder.name is 'other' in the store and 'tiny' here"):
+        store.write_column("raced", "A 1", overtaken(), made_by=EMBEDDINGS_MADE_BY, **options)
+    column = store.column("raced")
+    assert column.made_by == other
+    np.testing.assert_array_equal(column.array("A 1"), records + 1)
+
+
 def test_a_writer_killed_in_the_middle_leaves_no_half_shard(store, tmp_path):
     before = contents(store.path)
     writer = start("write_until_killed", str(store.path), stdout=subprocess.PIPE, text=True)

@@ -111,8 +111,17 @@ def write_column_shard(
 
     Raises:
         StoreError: If the records are of another shape or dtype, or not ``num_tiles`` in all.
+        StoreMismatch: If another writer was faster and made the shard of something else.
         OutputError: If the place is read-only or full.
     """
+    facts = {
+        "format": _FORMAT,
+        "made_by": dict(made_by),
+        "shape": list(shape),
+        "dtype": dtype.name,
+        "num_tiles": num_tiles,
+        "images_sha256": images_sha256,
+    }
     count = 0
     with write_whole(shard, keep_existing=True) as temporary:
         with temporary.open("wb") as file:
@@ -131,16 +140,13 @@ def write_column_shard(
                 f"given for column {shard.parent.name!r}. Every tile needs exactly one."
             )
         seal(temporary)
-        write_json(
-            sidecar_of(shard),
-            {
-                "format": _FORMAT,
-                "made_by": dict(made_by),
-                "shape": list(shape),
-                "dtype": dtype.name,
-                "num_tiles": num_tiles,
-                "images_sha256": images_sha256,
-            },
+        if not shard.exists():  # the description of a faster writer stays with its shard
+            write_json(sidecar_of(shard), facts)
+    stored = json.loads(sidecar_of(shard).read_text(encoding="utf-8"))
+    if found := differences(stored, facts):
+        raise StoreMismatch(
+            f"while slide {shard.name.removesuffix('.npy')!r} was encoded, something else wrote it into "
+            f"column {shard.parent.name!r}: {'; '.join(found)}. Give one of the two columns another name."
         )
 
 
