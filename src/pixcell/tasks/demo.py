@@ -16,6 +16,7 @@ from pixcell.data.drawn import draw_slide
 from pixcell.data.slides import find_slides
 from pixcell.data.store import TileStore
 from pixcell.data.tiling import TilingRecipe
+from pixcell.errors import NoTissue, SomeFailed
 from pixcell.files import write_whole
 from pixcell.tasks.encode import encode_store
 from pixcell.tasks.evaluate import evaluate
@@ -29,6 +30,7 @@ __all__ = ["DemoResult", "demo"]
 
 _DRAWN_SIDE = 6144
 """Pixels at 0.5 mpp: some hundred tiles of 256."""
+_MIN_TILES = 64
 _HELD_OUT = 8
 """Tiles that no training sees; the pictures imitate these."""
 
@@ -93,8 +95,16 @@ def demo(
     for place in chosen:
         find_slides(place)  # a wrong path ends the demo before any work
     for place in chosen:
-        tile_slides(place, store, load_recipe(TilingRecipe, "tiles-256"))
+        try:
+            tile_slides(place, store, load_recipe(TilingRecipe, "tiles-256"))
+        except SomeFailed as failed:
+            console.print(f"  {failed} The demo goes on with the others.", style="yellow", markup=False)
     num_tiles = TileStore.open(store).num_tiles
+    if num_tiles < _MIN_TILES:
+        raise NoTissue(
+            f"{num_tiles} tiles are too few to train even a tiny model on (at least {_MIN_TILES}). "
+            f"Look at {store / 'qc'} to see why, or give more slides; 'pixcell demo' without --slides draws one."
+        )
     console.print(f"  {num_tiles} tiles. Kept and dropped ones are marked in {store / 'qc'}.", markup=False)
 
     _say(3, f"Training a small autoencoder ({codec_steps} steps): pictures to latents and back.")
