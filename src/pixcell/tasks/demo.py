@@ -103,7 +103,7 @@ def demo(
     if num_tiles < _MIN_TILES:
         raise NoTissue(
             f"{num_tiles} tiles are too few to train even a tiny model on (at least {_MIN_TILES}). "
-            f"Look at {store / 'qc'} to see why, or give more slides; 'pixcell demo' without --slides draws one."
+            f"See {store / 'qc'} for the reasons, or give more slides; without --slides, one is drawn."
         )
     console.print(f"  {num_tiles} tiles. Kept and dropped ones are marked in {store / 'qc'}.", markup=False)
 
