@@ -1,9 +1,11 @@
 """The command line: instant help with an example, one clear line for a user's error."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from pixcell.cli import app
@@ -70,6 +72,38 @@ def test_ctrl_c_says_that_nothing_is_lost(monkeypatch, capfd):
         cli.main()
     assert ended.value.code == 130
     assert "run the same command again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tile slides {0}", "inspect {0}", "encode {0} --encoder stain-texture"])
+def test_what_the_system_refuses_is_one_line(command, tmp_path, monkeypatch, capfd):
+    from pixcell import cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "a.png").touch()
+    name = "n" * 300
+    monkeypatch.setattr(sys, "argv", ["pixcell", *command.format(name).split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    printed = capfd.readouterr().err
+    assert f"Error: {name}" in printed
+    assert ": File name too long. Correct the path" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown_as_it_can(tmp_path):
+    path = tmp_path / "語.png"
+    Image.new("RGB", (8, 8)).save(path)
+    ended = subprocess.run(
+        [sys.executable, "-m", "pixcell", "inspect", str(path)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "\\u8a9e.png" in ended.stdout
 
 
 def test_the_module_and_its_exit_code_work_from_a_shell(tmp_path):

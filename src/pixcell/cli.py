@@ -5,6 +5,8 @@ exit code 2 (1 when a batch ended and some of its items failed); a bug shows its
 """
 
 import inspect as signatures
+import io
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,18 +41,33 @@ Recipe = Annotated[str, Option("--recipe", help="A recipe file, or the name of o
 
 def main() -> None:
     """Run the command line; turn users' errors into one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a slide's name must not end a command on a terminal of ASCII
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except PixCellError as error:
         if isinstance(error, SomeFailed) and error.result is not None:
             results.print(error.result)
-        console.print("[bold red]Error:[/]", style="red", end=" ")
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        _print_error(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # permissions, names that are too long, a disk that died: never a bug of ours
+        logging.getLogger(__name__).debug("the place in the program", exc_info=True)
+        place = f"{error.filename}: " if error.filename else ""
+        _print_error(
+            f"{place}{error.strerror or error}. Correct the path, its permissions or the disk, and run the "
+            "same command again. (-v before the command shows where it happened.)"
+        )
+        sys.exit(2)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:  # typer has turned Ctrl-C into it already
             console.print("Stopped. Nothing that was finished is lost; run the same command again to go on.")
         raise
+
+
+def _print_error(message: str) -> None:
+    console.print("[bold red]Error:[/]", style="red", end=" ")
+    console.print(message, style="red", markup=False, soft_wrap=True)
 
 
 def _show_version(wanted: bool) -> None:
