@@ -16,7 +16,7 @@ from PIL import Image
 
 from pixcell.data.store import TileStore
 from pixcell.data.tiling import TilingConfig, TilingRecipe
-from pixcell.errors import OutputError, SomeFailed, UnreadableSlide
+from pixcell.errors import OutputError, SlideError, SomeFailed, UnreadableSlide
 from pixcell.tasks.tile import tile_slides
 
 RECIPE = TilingRecipe(name="test", tiling=TilingConfig(tile_size=256))
@@ -108,6 +108,14 @@ def test_a_corrupt_tile_is_left_out_and_listed_on_request(drawn_slide, tmp_path)
     images = {(tile["x"], tile["y"]): i for i, tile in enumerate(sound.images("drawn").tiles)}
     for i, tile in enumerate(kept.images("hurt").tiles):
         assert kept.images("hurt").jpeg(i) == sound.images("drawn").jpeg(images[tile["x"], tile["y"]])
+
+
+@pytest.mark.parametrize("ready_made", [False, True])
+@pytest.mark.parametrize("mpp", [0, -0.5, float("nan"), float("inf")])
+def test_a_resolution_that_is_no_length_stops_before_it_starts(drawn_slide, tmp_path, mpp, ready_made):
+    with pytest.raises(SlideError, match="no positive number"):
+        tile_slides(drawn_slide, tmp_path / "store", RECIPE, source_mpp=mpp, ready_made=ready_made)
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_folder_without_slides_says_so(tmp_path):

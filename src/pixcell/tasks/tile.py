@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import math
 import re
 import unicodedata
 from collections import defaultdict
@@ -128,9 +129,12 @@ def tile_slides(
         SomeFailed: If some slides failed; everything else is in the store.
         StoreMismatch: If the store holds tiles that were cut in another way.
         MetadataError: If the CSV is wrong.
+        SlideError: If ``source_mpp`` is no positive number.
         UnreadableSlide: If there is no slide at all.
         OutputError: If the store cannot be written.
     """
+    if source_mpp is not None and not (math.isfinite(source_mpp) and source_mpp > 0):
+        raise SlideError(f"--source-mpp {source_mpp} is no positive number of microns per pixel.")
     slides, store = Path(slides), Path(store)
     workers = workers or default_workers()
     found = find_slides(slides)
