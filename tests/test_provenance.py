@@ -46,6 +46,13 @@ def test_a_text_file_is_not_a_picture(tmp_path):
         read_provenance(tmp_path / "a.png")
 
 
+def test_a_picture_of_a_slides_size_is_refused_by_name(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UnreadableSlide, match=r"a\.png .* too large"):
+        read_provenance(tmp_path / "a.png")
+
+
 def test_floats_are_not_written_as_pictures(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
         save_synthetic_png(tmp_path / "a.png", PICTURE.astype(float), {})

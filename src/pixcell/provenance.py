@@ -58,6 +58,8 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
         with Image.open(path) as image:
             image.load()  # text chunks may stand behind the pixels
             text = image.info.get(_KEY)
+    except Image.DecompressionBombError as error:
+        raise UnreadableSlide(path, "it is too large for a picture; cut it with `pixcell tile`") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UnreadableSlide(path, str(error)) from error
     if text is None:
