@@ -81,7 +81,7 @@ class Objective(Protocol):
 
 def picture_rows(
     rows: Mapping[str, Sequence[UInt8[np.ndarray, "height width 3"]]],
-) -> UInt8[np.ndarray, "height width 3"]:
+) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
     """Lay pictures out in captioned rows, column under column."""
     height, width = next(iter(rows.values()))[0].shape[:2]
     columns = max(len(pictures) for pictures in rows.values())
@@ -104,7 +104,7 @@ def spread_over(count: int, total: int) -> list[int]:
 
     Examples:
         >>> spread_over(3, 12), spread_over(4, 2)
-        ([2, 6, 10], [0])
+        ([2, 6, 10], [1])
     """
     count = min(count, total // 2)
     return [total * (2 * place + 1) // (2 * count) for place in range(count)]
