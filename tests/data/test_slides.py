@@ -1,7 +1,9 @@
 """A slide answers the same question the same way, whatever the file behind it is."""
 
 import concurrent.futures
+import errno
 import importlib.util
+import os
 import pickle
 import shutil
 import sys
@@ -476,6 +478,21 @@ def test_grey_with_more_bits_than_pil_converts_is_refused_not_turned_white(tmp_p
     (tmp_path / "ramp.pgm").write_bytes(b"P5 64 64 65535\n" + ramp)
     with pytest.raises(UnreadableSlide, match="int32 pixels have no stated black and white"):
         Slide.open(tmp_path / "ramp.pgm")
+
+
+def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    scandir = os.scandir
+
+    def refused(place):  # the tests may run as root, whom no permission stops
+        if Path(place).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UnreadableSlide, match="cannot be listed"):
+        find_slides(tmp_path)
 
 
 def test_a_folder_without_slides_and_a_missing_path_are_errors(tmp_path):

@@ -349,15 +349,23 @@ def find_slides(path: Path) -> list[Path]:
     files, unknown endings and tile stores are left out. A folder that holds DICOM instances is one slide.
 
     Raises:
-        UnreadableSlide: If there is no such file, or no slide in the folder.
+        UnreadableSlide: If there is no such file, no slide in the folder, or a folder that may not be read.
     """
     path = Path(path)
     if not path.exists():
         raise UnreadableSlide(path, f"there is no such file or folder ({path})")
     if not path.is_dir():
         return [path]
+
+    def unlisted(
+        error: OSError,
+    ) -> None:  # os.walk would pass it over, and its slides would be missed by nobody
+        raise UnreadableSlide(
+            Path(error.filename), f"the folder cannot be listed ({error.strerror}: {error.filename})"
+        ) from error
+
     found: list[Path] = []
-    for place, folders, names in os.walk(path):
+    for place, folders, names in os.walk(path, onerror=unlisted):
         if "store.json" in names:  # a store made in the folder of its slides; its pictures are no slides
             folders.clear()
             continue
