@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -37,6 +37,7 @@ console = Console(stderr=True, quiet=not is_main_process(), highlight=False)
 results = Console(quiet=not is_main_process(), highlight=False)
 
 
+@runtime_checkable
 class Advance(Protocol):
     """Moves a progress bar."""
 

@@ -66,7 +66,7 @@ class PairSimilarity:
     """
 
     cosine: Float[np.ndarray, " pairs"]
-    mismatched: Float[np.ndarray, " pairs"]
+    mismatched: Float[np.ndarray, " pairs_or_none"]
     nearest_share: float
     num_references: int
 
@@ -133,7 +133,7 @@ def frechet_standard_error(
 def kernel_distance(
     first: Float[np.ndarray, "n dim"],
     second: Float[np.ndarray, "m dim"],
-    rng: np.random.Generator,
+    rng: np.random.Generator | np.random.RandomState,
     subset_size: int = 1000,
     num_subsets: int = 100,
 ) -> KernelDistance:

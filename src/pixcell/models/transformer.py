@@ -226,7 +226,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self,
         hidden_states: Float[Tensor, "batch channels height width"],
         timestep: Tensor | float,
-        encoder_hidden_states: Float[Tensor, "batch tokens dim"] | None = None,
+        encoder_hidden_states: Float[Tensor, "_ tokens dim"] | None = None,
         block_controlnet_hidden_states: Sequence[Tensor] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -235,7 +235,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             hidden_states: Noisy latents.
             timestep: 0 to 999, fractions allowed; one for all, or one per sample.
-            encoder_hidden_states: Embeddings as the encoder gave them. None: no condition.
+            encoder_hidden_states: Embeddings as the encoder gave them, a row per sample. None: no condition.
             block_controlnet_hidden_states: What is added to the output of each block, (batch, image tokens,
                 width). May be shorter than the number of blocks; the last blocks then get nothing.
             return_dict: Return an object with ``sample`` instead of a tuple of one.
