@@ -44,6 +44,7 @@ class PublishedCodec:
     subfolder: str
     """Where in the repository; empty: at its root."""
     licence: str
+    """As commonly stated; not looked up on the model's page."""
     gated: bool
     """Whether the hub asks to accept terms and log in."""
 

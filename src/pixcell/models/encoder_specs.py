@@ -1,8 +1,9 @@
 """What encoders there are, and everything that decides the numbers they return.
 
-A row is checked by hand: licence, gating and revision are those that the model's page, or public code that
-pins it, state; ``revision=None`` says that no commit could be confirmed. Licences bind models trained on the
-embeddings too, where they say so (UNI2-h does): read them before you publish.
+Licence, gating and revision are those that the model's page, or public code that pins it, state; where a
+note says so, the licence was read on pages of others only. ``revision=None`` says that no commit could be
+confirmed. Licences bind models trained on the embeddings too, where they say so (UNI2-h does): read them
+before you publish.
 """
 
 from collections.abc import Mapping
@@ -128,7 +129,7 @@ _SPECS = (
         mean=(0.707223, 0.578729, 0.703617),
         std=(0.211883, 0.230117, 0.177517),
         arguments={"img_size": 224, "init_values": 1e-5, "num_classes": 0, "dynamic_img_size": False},
-        note="1.1 billion parameters. That its page asks for no login was not verified.",
+        note="1.1 billion parameters. Licence as others state it; whether a login is needed: not verified.",
     ),
     EncoderSpec(
         name="midnight",
@@ -141,7 +142,7 @@ _SPECS = (
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         pooling="class_and_mean",
-        note="1.1 billion parameters; trained on 12 thousand public slides.",
+        note="1.1 billion parameters; trained on 12 thousand public slides. Licence as others state it.",
     ),
     EncoderSpec(
         name="keep",
