@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pixcell.diffusion.pipelines import PixCellPipeline
-from pixcell.errors import ModelError, RecipeError, StoreMismatch
+from pixcell.errors import ModelError, RecipeError, StoreMismatch, WrongWeights
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.training.determinism import rng_for
 from pixcell.training.objectives import Objective, Samples
@@ -125,6 +126,17 @@ def test_a_stage_grows_from_a_pipeline_and_says_so(recipe, tmp_path):
     assert torch.equal(
         grown.transformer_blocks[0].attn1.to_q.weight, start.trainable.transformer_blocks[0].attn1.to_q.weight
     )
+
+
+def test_a_stage_from_weights_with_a_gap_is_refused(recipe, tmp_path):
+    """diffusers would fill the gap with random numbers, and only warn."""
+    build_objective(recipe()).export(tmp_path / "pipeline", None)
+    file = tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["proj_out.bias"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(WrongWeights, match=r"proj_out\.bias"):
+        build_objective(recipe(f"model.init={tmp_path / 'pipeline'}"))
 
 
 def test_a_stage_from_another_encoder_is_refused(recipe, tmp_path):

@@ -40,7 +40,7 @@ from pixcell.models.codec import LatentCodec, to_uint8
 from pixcell.models.threads import side_by_side
 from pixcell.models.transformer import PixCellTransformer2DModel
 
-__all__ = ["FACTS_FILE", "PixCellPipeline"]
+__all__ = ["FACTS_FILE", "PixCellPipeline", "load_transformer"]
 
 FACTS_FILE = "pixcell.json"
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -104,7 +104,7 @@ class PixCellPipeline(DiffusionPipeline):
         _check_index(folder)
         facts = _read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
         pipeline = cls(
-            transformer=_load_transformer(folder / "transformer", torch_dtype)
+            transformer=load_transformer(folder / "transformer", torch_dtype)
             if transformer is None
             else transformer,
             vae=LatentCodec.from_pretrained(folder / "vae").vae if vae is None else vae,
@@ -323,7 +323,14 @@ def _check_index(folder: Path) -> None:
         )
 
 
-def _load_transformer(folder: Path, dtype: torch.dtype) -> PixCellTransformer2DModel:
+def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> PixCellTransformer2DModel:
+    """Load a transformer folder, in evaluation mode; every tensor must be there, and no other.
+
+    Raises:
+        MissingWeights: If configuration or weights are not there.
+        WrongWeights: If names or shapes do not fit.
+        ModelError: If it is another class of model.
+    """
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise MissingWeights(
             f"{folder} lacks config.json or safetensors weights; copy the pipeline again as a whole."

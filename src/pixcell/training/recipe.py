@@ -18,6 +18,7 @@ from pixcell.config import Config
 from pixcell.console import console
 from pixcell.data.datasets import FieldDataset
 from pixcell.data.store import TileStore
+from pixcell.diffusion.pipelines import load_transformer
 from pixcell.errors import ModelError, RecipeError
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.codec import LatentCodec
@@ -213,7 +214,7 @@ def _initial(place: Path, weights: str) -> tuple[PixCellTransformer2DModel, Mapp
         raise ModelError(
             f"model.init {place} holds no transformer: give a run that trained one, or a pipeline folder."
         )
-    transformer = PixCellTransformer2DModel.from_pretrained(folder / "transformer")
+    transformer = load_transformer(folder / "transformer")
     if state is not None and weights == "trained":
         fit_weights(transformer, read_weights(state), str(state))
     facts = folder / "pixcell.json"
