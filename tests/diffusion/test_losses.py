@@ -163,3 +163,38 @@ def test_other_numbers_of_channels_are_refused():
     latents, noise, timesteps = batch()
     with pytest.raises(ValueError, match="5 output channels"):
         denoising_loss(torch.zeros(4, 5, 4, 4), latents, noise, timesteps, SCHEDULE)
+
+
+def test_latents_noise_and_velocity_say_the_same_thing():
+    """Any two of noisy latents, noise and velocity give the third."""
+    latents, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    timesteps = torch.tensor([0, 1, 500, 999])
+    noisy = SCHEDULE.add_noise(latents, noise, timesteps)
+    velocity = SCHEDULE.velocity(latents, noise, timesteps)
+    torch.testing.assert_close(SCHEDULE.noise_in(noisy, velocity, timesteps), noise)
+
+
+def test_a_perfect_velocity_has_no_error_and_the_bound_of_perfect_noise():
+    latents, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    timesteps = torch.tensor([1, 20, 500, 999])
+    logits = torch.zeros_like(latents)
+    velocity = SCHEDULE.velocity(latents, noise, timesteps)
+    ours = denoising_loss(
+        torch.cat([velocity, logits], 1), latents, noise, timesteps, SCHEDULE, target="velocity"
+    )
+    by_noise = denoising_loss(torch.cat([noise, logits], 1), latents, noise, timesteps, SCHEDULE)
+    assert ours.mse.max() < 1e-10
+    torch.testing.assert_close(ours.bound, by_noise.bound, rtol=1e-3, atol=1e-4)
+
+
+def test_min_snr_weighs_the_same_error_in_clean_latents_alike_for_both_targets():
+    """min(snr, gamma) times the squared error of the clean latents, whatever is predicted."""
+    latents, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    timesteps = torch.tensor([1, 100, 500, 900])
+    alpha_bar = SCHEDULE.alpha_bar[timesteps].float()[:, None, None, None]
+    off = 0.1 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    as_noise = noise - off * (alpha_bar / (1 - alpha_bar)).sqrt()
+    as_velocity = SCHEDULE.velocity(latents, noise, timesteps) - off / (1 - alpha_bar).sqrt()
+    by_noise = denoising_loss(as_noise, latents, noise, timesteps, SCHEDULE, 5.0)
+    by_velocity = denoising_loss(as_velocity, latents, noise, timesteps, SCHEDULE, 5.0, target="velocity")
+    torch.testing.assert_close(by_noise.loss, by_velocity.loss, rtol=1e-4, atol=1e-6)

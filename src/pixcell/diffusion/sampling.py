@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pixcell.diffusion.conditioning import Conditioning, Denoiser
+from pixcell.diffusion.losses import Target
 from pixcell.errors import ModelError
 from pixcell.models.threads import side_by_side
 from pixcell.models.transformer import PixCellTransformer2DModel
@@ -43,6 +44,7 @@ __all__ = [
     "noise_for",
     "sample_latents",
     "scheduler_settings",
+    "target_of",
 ]
 
 _TRAINED = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -86,11 +88,13 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 }
 """Schedulers by name, for the noise schedule that models here are trained with."""
 
+_PREDICTION_TYPES: dict[Target, str] = {"noise": "epsilon", "velocity": "v_prediction"}
+
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
-def make_scheduler(name: str = "dpm-solver++") -> SchedulerMixin:
-    """Return a fresh scheduler.
+def make_scheduler(name: str = "dpm-solver++", target: Target = "noise") -> SchedulerMixin:
+    """Return a fresh scheduler for a model that predicts ``target``.
 
     Raises:
         ModelError: If there is none of that name.
@@ -98,7 +102,22 @@ def make_scheduler(name: str = "dpm-solver++") -> SchedulerMixin:
     if name not in SCHEDULERS:
         raise ModelError(f"no scheduler {name!r}. Choose one of {', '.join(sorted(SCHEDULERS))}.")
     kind, settings = SCHEDULERS[name]
-    return kind(**settings)
+    return kind(**settings, prediction_type=_PREDICTION_TYPES[target])
+
+
+def target_of(scheduler: SchedulerMixin) -> Target:
+    """Return what a scheduler takes the model's output to be.
+
+    Raises:
+        ModelError: If it is something that models here do not predict.
+    """
+    for target, prediction_type in _PREDICTION_TYPES.items():
+        if scheduler.config.get("prediction_type", "epsilon") == prediction_type:
+            return target
+    raise ModelError(
+        f"the scheduler takes the model's output for {scheduler.config['prediction_type']!r}; "
+        f"models here predict {' or '.join(_PREDICTION_TYPES)}."
+    )
 
 
 def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:

@@ -39,13 +39,13 @@ def draw_plot(
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context(
         {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
     ):
-        figure = Figure(figsize=(13.5, 4.3), dpi=140, layout="constrained")
+        figure = Figure(figsize=(13.5, 4.3), dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.14))
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.14)  # type: ignore[union-attr]
         axes = figure.subplots(1, 4, width_ratios=[1.2, 0.5, 0.5, 1])
         _draw_plane(axes[0], real, synthetic, extractor, seed)
         distances = [measure for measure in measures if measure.better == "lower"]

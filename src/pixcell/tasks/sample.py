@@ -26,7 +26,13 @@ from pixcell.console import facts, progress
 from pixcell.data.slides import Slide, find_slides
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.pipelines import PixCellPipeline
-from pixcell.diffusion.sampling import check_steps, generator_for, make_scheduler, scheduler_settings
+from pixcell.diffusion.sampling import (
+    check_steps,
+    generator_for,
+    make_scheduler,
+    scheduler_settings,
+    target_of,
+)
 from pixcell.errors import ModelError, OutputError, RecipeError, SlideError, UnknownResolution
 from pixcell.files import sha256_of, write_json, writing_to
 from pixcell.geometry import Box, scale_between
@@ -151,7 +157,7 @@ def sample(
     folder, name, step = _find_model(Path(model))
     pipeline = PixCellPipeline.from_pretrained(folder)
     if scheduler is not None:
-        pipeline.scheduler = make_scheduler(scheduler)
+        pipeline.scheduler = make_scheduler(scheduler, target_of(pipeline.scheduler))
     steps = _STEPS if steps is None else steps
     check_steps(steps, pipeline.scheduler)
     chosen_device = choose_device(device)

@@ -1,4 +1,4 @@
-"""Train the denoiser on cached latents: predict the noise, and learn the variance.
+"""Train the denoiser on cached latents: predict the noise (or velocity), and learn the variance.
 
 A sample is a field's posterior as stored. Each time it is seen, a fresh draw is made from it, normalised, and
 mixed with noise at a uniformly drawn timestep; with probability ``drop_conditioning`` its embeddings are
@@ -22,7 +22,7 @@ from torch import Tensor
 from pixcell.config import Config
 from pixcell.data.datasets import FieldDataset
 from pixcell.diffusion.conditioning import Conditioning
-from pixcell.diffusion.losses import NoiseSchedule, denoising_loss
+from pixcell.diffusion.losses import NoiseSchedule, Target, denoising_loss
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.diffusion.sampling import generator_for, make_scheduler
 from pixcell.errors import StoreMismatch
@@ -49,6 +49,8 @@ class DenoisingConfig(Config):
     """Share of samples that are trained without their condition."""
     learn_variance: bool = True
     """Predict where the variance of a step lies between its bounds, in a second half of the channels."""
+    target: Target = "noise"
+    """What is predicted: the noise, as published, or the velocity, which suits short trainings."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """Weigh the squared error by min(SNR, gamma) / SNR (5 in the paper). None: plain mean, as published."""
     scheduler: str = "dpm-solver++"
@@ -134,7 +136,7 @@ class Denoising:
             item["image"].permute(1, 2, 0).numpy() for item in pictures.__getitems__(self._held_out)
         ]
         self._pipeline = PixCellPipeline(
-            model, codec.vae, make_scheduler(config.scheduler), self._pipeline_facts()
+            model, codec.vae, make_scheduler(config.scheduler, config.target), self._pipeline_facts()
         )
         self._pipeline.set_progress_bar_config(disable=True)
 
@@ -161,6 +163,7 @@ class Denoising:
             batch["timestep"],
             self.schedule,
             self.config.min_snr_gamma,
+            self.config.target,
         )
         parts = {"loss": terms.loss.mean(), "mse": terms.mse.mean()}
         return parts if terms.bound is None else {**parts, "bound": terms.bound.mean()}
