@@ -291,3 +291,15 @@ class TestWrongInput:
             pipeline(embeddings, output_type="jpg")
         with pytest.raises(ValueError, match="a callback can get"):
             pipeline(embeddings, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_a_scheduler_for_another_target_is_refused(transformer, vae, embeddings):
+    """It would make pictures all the same, and wrong ones."""
+    pipeline = PixCellPipeline(
+        transformer, vae, make_scheduler("ddim", "velocity"), {"target": "velocity", "field_size": 64}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    assert latents_of(pipeline, embeddings).isfinite().all()
+    pipeline.scheduler = make_scheduler("ddim")
+    with pytest.raises(ModelError, match="predicts the velocity"):
+        latents_of(pipeline, embeddings)

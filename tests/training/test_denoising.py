@@ -156,3 +156,9 @@ def test_a_stage_from_another_architecture_is_refused(recipe, tmp_path):
 def test_a_patch_that_does_not_divide_the_latents_is_refused(recipe):
     with pytest.raises(RecipeError, match="no whole number of latent patches of 3"):
         build_objective(recipe("model.patch_size=3"))
+
+
+def test_a_stage_that_predicts_something_else_than_the_one_before_is_refused(recipe, tmp_path):
+    build_objective(recipe()).export(tmp_path / "pipeline", None)
+    with pytest.raises(ModelError, match=r"predicts the noise.*objective.target=noise"):
+        build_objective(recipe(f"model.init={tmp_path / 'pipeline'}", "objective.target=velocity"))

@@ -33,6 +33,7 @@ from pixcell.diffusion.sampling import (
     denoiser_of,
     in_fixed_batches,
     sample_latents,
+    target_of,
 )
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.files import write_json
@@ -50,9 +51,9 @@ class PixCellPipeline(DiffusionPipeline):
     """Generate tissue from embeddings, or without.
 
     Args:
-        transformer: Predicts noise.
+        transformer: Predicts noise, or what the facts call the target.
         vae: A diffusers autoencoder of RGB pictures, or a ``TissueAutoencoder``.
-        scheduler: Any of diffusers for noise prediction.
+        scheduler: Any of diffusers for what the transformer predicts.
         facts: What the numbers mean; see the top of the module.
 
     Raises:
@@ -188,6 +189,7 @@ class PixCellPipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"a callback can get {self._callback_tensor_inputs}, not {sorted(unknown)}")
         check_steps(num_inference_steps, self.scheduler)
+        self._check_target()
         if num_images_per_embedding < 1:
             raise ModelError(f"{num_images_per_embedding} pictures cannot be made; ask for at least 1.")
         conditioning = _conditioning_of(embeddings).repeat(num_images_per_embedding)
@@ -263,6 +265,15 @@ class PixCellPipeline(DiffusionPipeline):
         if output_type == "np":
             return images.permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(pixels) for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
+
+    def _check_target(self) -> None:
+        """A scheduler that takes velocity for noise makes pictures all the same, and wrong ones."""
+        expected, given = self.facts.get("target", "noise"), target_of(self.scheduler)
+        if given != expected:
+            raise ModelError(
+                f"the model predicts the {expected}, and its {type(self.scheduler).__name__} takes that for "
+                f"the {given}. Make the scheduler with make_scheduler(name, {expected!r})."
+            )
 
     def _check_facts(self) -> None:
         config, facts = self.transformer.config, self.facts

@@ -215,6 +215,7 @@ class Denoising:
             "encoder": {**embeddings["encoder"], "dim": self.trainable.config.caption_channels},
             "field_size": embeddings["field_size"],
             "mpp": fields.mpp,
+            "target": self.config.target,
             "codec": self.codec.made_by(),
             "environment": environment(),
         }

@@ -188,6 +188,12 @@ def _transformer(
         )
     source, facts = _initial(model.init, model.init_weights)
     _must_agree(facts, fields, model.init)
+    before = facts.get("target", "noise")
+    if before != objective.target:
+        raise ModelError(
+            f"model.init {model.init} predicts the {before}, and objective.target is {objective.target!r}. "
+            f"Set objective.target={before}, or train from scratch."
+        )
     differing = [
         f"{name} {source.config[name]} instead of {value}"
         for name, value in architecture.items()

@@ -304,18 +304,18 @@ class Trainer:
                     "note": "rows of real tissue are captioned so",
                 }
                 save_synthetic_png(path, preview.picture, record)
+                figures = {f"held_out/{name}": value for name, value in preview.figures.items()}
+                # Before the checkpoint: killed in between, the line is taken back and written again.
+                if metrics:
+                    metrics.write(self.step, figures)
+                    metrics.write_picture(self.step, "preview", preview.picture)
                 self.last_checkpoint = write_checkpoint(
                     self.run,
                     self.step,
                     lambda folder: self._write(folder, previous.pipeline if previous else None),
-                    {"run": self.run.name, **{f"held_out/{k}": v for k, v in preview.figures.items()}},
+                    {"run": self.run.name, **figures},
                 )
                 self.objective.trainable.train()
-            if metrics:
-                metrics.write(
-                    self.step, {f"held_out/{name}": value for name, value in preview.figures.items()}
-                )
-                metrics.write_picture(self.step, "preview", preview.picture)
             prune(self.run, self.config.keep_last)
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
