@@ -134,7 +134,7 @@ def sample(
         count: Number of pictures in all; references take turns.
         seed: Same seed, same pictures.
         steps: Of the sampler. None: 20.
-        guidance_scale: s in u + s (c - u); 1 is none. None: 2.0, or 1.2 for models of 4 x 4 fields and more.
+        guidance_scale: s in u + s (c - u); 1 is none. None: the model's own; or 2.0, or 1.2 from 4 x 4 fields.
         batch_size: Pictures that are worked on together; they do not depend on it.
         scheduler: One of :data:`~pixcell.diffusion.sampling.SCHEDULERS`. None: the model's own.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
@@ -174,7 +174,8 @@ def sample(
         own_encoder = {"name": loaded.name, "sha256": loaded.sha256}
         references = [_read_reference(path, pipeline, loaded, source_mpp) for path in _expanded(like)]
     if guidance_scale is None:
-        guidance_scale = 1.2 if pipeline.transformer.grid_size >= 4 else 2.0
+        usual = 1.2 if pipeline.transformer.grid_size >= 4 else 2.0
+        guidance_scale = pipeline.facts.get("guidance_scale", usual)
     fixed_batch = _fixed_batch(pipeline, chosen_device)
     recipe = {
         "model": name,
@@ -241,10 +242,7 @@ def _check_arguments(
     batch_size: int,
 ) -> None:
     if not like and not unconditional:
-        raise RecipeError(
-            "there is nothing to imitate. Give a picture with --like, "
-            "or ask for any tissue with --unconditional."
-        )
+        raise RecipeError("there is nothing to imitate. Give a picture with --like, or --unconditional.")
     if like and unconditional:
         raise RecipeError("--like and --unconditional contradict each other; leave one of them out.")
     for what, value, least in (("--count", count, 1), ("--batch-size", batch_size, 1), ("--seed", seed, 0)):

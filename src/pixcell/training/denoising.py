@@ -57,6 +57,7 @@ class DenoisingConfig(Config):
     """Saved with the model, and used for previews; see ``diffusion.sampling.SCHEDULERS``. Moves no weight."""
     preview_steps: int = Field(20, gt=0)
     preview_guidance: float = Field(2.0, ge=0)
+    """Of the previews; saved with the model as what `pixcell sample` takes if told nothing else."""
 
 
 class NoisyFields:
@@ -216,6 +217,7 @@ class Denoising:
             "field_size": embeddings["field_size"],
             "mpp": fields.mpp,
             "target": self.config.target,
+            "guidance_scale": self.config.preview_guidance,
             "codec": self.codec.made_by(),
             "environment": environment(),
         }
