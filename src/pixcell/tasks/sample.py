@@ -134,7 +134,7 @@ def sample(
         count: Number of pictures in all; references take turns.
         seed: Same seed, same pictures.
         steps: Of the sampler. None: 20.
-        guidance_scale: s in u + s (c - u); 1 is none. None: the model's own; or 2.0, or 1.2 from 4 x 4 fields.
+        guidance_scale: s in u + s (c - u); 1 is none. None: the model's, else 2.0 (1.2 from 4 x 4 fields).
         batch_size: Pictures that are worked on together; they do not depend on it.
         scheduler: One of :data:`~pixcell.diffusion.sampling.SCHEDULERS`. None: the model's own.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
