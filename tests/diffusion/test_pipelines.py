@@ -303,3 +303,10 @@ def test_a_scheduler_for_another_target_is_refused(transformer, vae, embeddings)
     pipeline.scheduler = make_scheduler("ddim")
     with pytest.raises(ModelError, match="predicts the velocity"):
         latents_of(pipeline, embeddings)
+
+
+def test_a_pipeline_without_facts_goes_by_its_own_scheduler(transformer, vae, embeddings):
+    pipeline = PixCellPipeline(transformer, vae, make_scheduler())
+    pipeline.scheduler = make_scheduler("ddim", "velocity")
+    with pytest.raises(ModelError, match="predicts the noise"):
+        latents_of(pipeline, embeddings)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.guidance import guided
+from pixcell.diffusion.losses import Target
 from pixcell.diffusion.sampling import (
     check_steps,
     denoiser_of,
@@ -73,6 +74,8 @@ class PixCellPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.facts: dict[str, Any] = dict(facts or {})
+        # Published pipelines have no facts; there, what their own scheduler says holds for later ones.
+        self._target: Target = self.facts.get("target", target_of(scheduler))
         self._codec: LatentCodec | None = None
         self._check_facts()
 
@@ -268,11 +271,11 @@ class PixCellPipeline(DiffusionPipeline):
 
     def _check_target(self) -> None:
         """A scheduler that takes velocity for noise makes pictures all the same, and wrong ones."""
-        expected, given = self.facts.get("target", "noise"), target_of(self.scheduler)
-        if given != expected:
+        given = target_of(self.scheduler)
+        if given != self._target:
             raise ModelError(
-                f"the model predicts the {expected}, and its {type(self.scheduler).__name__} takes that for "
-                f"the {given}. Make the scheduler with make_scheduler(name, {expected!r})."
+                f"the model predicts the {self._target}, and its {type(self.scheduler).__name__} takes that for "
+                f"the {given}. Make the scheduler with make_scheduler(name, {self._target!r})."
             )
 
     def _check_facts(self) -> None:
