@@ -274,8 +274,8 @@ class PixCellPipeline(DiffusionPipeline):
         given = target_of(self.scheduler)
         if given != self._target:
             raise ModelError(
-                f"the model predicts the {self._target}, and its {type(self.scheduler).__name__} takes that for "
-                f"the {given}. Make the scheduler with make_scheduler(name, {self._target!r})."
+                f"the model predicts the {self._target}, and its {type(self.scheduler).__name__} takes that "
+                f"for the {given}. Make the scheduler with make_scheduler(name, {self._target!r})."
             )
 
     def _check_facts(self) -> None:
