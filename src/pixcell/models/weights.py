@@ -32,7 +32,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
+def dtype_of(precision: str) -> torch.dtype:
     """Return the number format that weights and activations are computed in.
 
     Raises:

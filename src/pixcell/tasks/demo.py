@@ -61,8 +61,8 @@ def demo(
     out: Path,
     *,
     slides: Sequence[Path] = (),
-    codec_steps: int = 500,
-    steps: int = 1500,
+    codec_steps: int = 300,
+    steps: int = 500,
     count: int = 16,
     seed: int = 0,
 ) -> DemoResult:
