@@ -196,8 +196,10 @@ def sample(
     unconditional: Annotated[bool, Option("--unconditional", help="Imitate nothing.")] = False,
     count: Annotated[int, Option(help="How many pictures in all.")] = 16,
     seed: Annotated[int, Option(help="Same seed, same pictures.")] = 0,
-    steps: Annotated[int | None, Option(help="Steps of the sampler.")] = None,
-    guidance: Annotated[float | None, Option(help="Guidance scale s in u + s (c - u); 1 is none.")] = None,
+    steps: Annotated[int | None, Option(help="Steps of the sampler; by default 20.")] = None,
+    guidance: Annotated[
+        float | None, Option(help="Guidance scale s in u + s (c - u); 1 is none; by default the model's.")
+    ] = None,
     batch_size: Annotated[int, Option(help="Pictures at a time; does not change them.")] = 8,
     source_mpp: Annotated[float | None, Option(help="Microns per pixel of the --like pictures.")] = None,
     device: Annotated[Device, Option(help="Where the networks run.")] = "auto",

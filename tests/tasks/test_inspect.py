@@ -327,3 +327,10 @@ def test_real_slides_explain_themselves(shared_data, name):
         assert slide["resolution"] == "0.499 microns per pixel"
     else:
         assert "--source-mpp" in slide["resolution"]
+
+
+def test_a_recipe_of_the_package_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "training recipe" in str(inspect(Path("nano")).as_json())
+    with pytest.raises(PixCellError, match="tiles-20x"):
+        inspect(Path("nana"))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from pixcell.config import find_recipe, recipe_names
 from pixcell.data.slides import SLIDE_SUFFIXES, find_slides
 from pixcell.errors import PixCellError, UnreadableSlide
 from pixcell.provenance import read_provenance
@@ -67,7 +68,7 @@ def inspect(path: Path, *, verify: bool = False) -> Facts:
     models, weight files, generated pictures and reports.
 
     Args:
-        path: The thing.
+        path: The thing; recipes of the package also by name.
         verify: Read everything of a store, run or checkpoint and compare it with its checksums. What is wrong
             stands in ``problems``.
 
@@ -75,8 +76,13 @@ def inspect(path: Path, *, verify: bool = False) -> Facts:
         PixCellError: If nothing is there, it is of no known kind (the kinds are listed), or it is damaged.
     """
     path = Path(path)
+    if not path.exists() and path.stem in recipe_names() and path.suffix in ("", ".yaml"):
+        path = find_recipe(path)
     if not path.exists():
-        raise PixCellError(f"there is no {path}.")
+        raise PixCellError(
+            f"there is no {path}: it is neither a file or folder nor a recipe of the package "
+            f"({', '.join(recipe_names())})."
+        )
     for _, recognises, explain in _KINDS:
         if recognises(path):
             return explain(path, verify)
