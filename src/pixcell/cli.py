@@ -339,7 +339,7 @@ def demo(
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Walk the whole line in a few minutes: slide, tiles, a tiny model, pictures, a report.
+    """Walk the whole line within a quarter of an hour: slide, tiles, tiny model, pictures, report.
 
     Example: pixcell demo demo --slides case-1.svs
     """
