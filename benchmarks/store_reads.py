@@ -39,7 +39,7 @@ from pixcell.data.tiling import Tile
 
 LATENTS, EMBEDDINGS = "latents-sd35", "embeddings-uni2h"
 SHAPES = {LATENTS: (4, 4, 32, 32, 32), EMBEDDINGS: (4, 4, 1536)}
-SMALLEST_JPEG = b"\xff\xd8\xff\xd9"
+SMALLEST_JPEG = b"\xff\xd8\xff\xda\xff\xd9"  # a beginning, a scan, an end: all that a shard asks of one
 
 
 class OneFilePerTile(Dataset[dict[str, Any]]):
