@@ -47,7 +47,7 @@ def guided(denoiser: Denoiser, guidance_scale: float | Float[Tensor, " batch"]) 
         return denoiser
 
     def denoise(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        if conditioning.embedding_grid is None:
+        if conditioning.is_empty:
             return denoiser(latents, timestep, conditioning)
         both = Conditioning.cat([conditioning.dropped_everywhere(), conditioning])
         unconditional, conditional = denoiser(torch.cat([latents, latents]), timestep, both).chunk(2)
