@@ -20,11 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from pixcell.console import facts, progress
-from pixcell.data.slides import Slide, find_slides
-from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.diffusion.sampling import (
     check_steps,
@@ -33,13 +31,12 @@ from pixcell.diffusion.sampling import (
     scheduler_settings,
     target_of,
 )
-from pixcell.errors import ModelError, OutputError, RecipeError, SlideError, UnknownResolution
-from pixcell.files import sha256_of, write_json, writing_to
-from pixcell.geometry import Box, scale_between
-from pixcell.models.encoders import Encoder, load_encoder
+from pixcell.errors import OutputError, RecipeError
+from pixcell.files import write_json, writing_to
 from pixcell.models.weights import Precision, choose_device, dtype_of, weights_sha256
 from pixcell.provenance import environment, hash_of, read_provenance, save_synthetic_png
 from pixcell.tasks.contact_sheet import SheetRow, draw_contact_sheet
+from pixcell.tasks.references import SHEET_NAME, Reference, encoder_of, pictures_in, read_reference
 from pixcell.training.checkpoints import Checkpoint
 
 __all__ = ["SampleResult", "sample"]
@@ -49,7 +46,6 @@ _NAME = re.compile(r"\d{5,}_.*\.png")
 _OF_ONE_PICTURE = {"index", "like", "like_sha256", "like_resolution", "embedding_hash"}
 """Entries of a record that belong to one picture; the others are the recipe, the same for all."""
 _NOT_COMPARED = {"versions", "synthetic"}
-_SHEET = "contact_sheet.png"
 _SHEET_PICTURES = 64
 _MOST_PICTURES = 1_000_000
 """The plan of all of them is held in memory."""
@@ -84,23 +80,12 @@ class SampleResult:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """A picture to imitate, as the model's encoder sees it."""
-
-    name: str
-    sha256: str
-    pixels: np.ndarray
-    resolution: str
-    embedding_grid: Tensor
-
-
-@dataclass(frozen=True)
 class _Picture:
     """One picture of the plan."""
 
     index: int
     path: Path
-    reference: _Reference | None
+    reference: Reference | None
     record: Mapping[str, Any]
 
 
@@ -167,12 +152,12 @@ def sample(
     model_sha256 = weights_sha256(pipeline.transformer)
     codec_sha256 = pipeline.codec.sha256
 
-    references: list[_Reference] = []
+    references: list[Reference] = []
     own_encoder: dict[str, Any] | None = None
     if not unconditional:
-        loaded = _load_encoder(pipeline, encoder, encoder_weights, download, chosen_device)
+        loaded = encoder_of(pipeline, encoder, encoder_weights, download, chosen_device)
         own_encoder = {"name": loaded.name, "sha256": loaded.sha256}
-        references = [_read_reference(path, pipeline, loaded, source_mpp) for path in _expanded(like)]
+        references = [read_reference(path, pipeline, loaded, source_mpp) for path in pictures_in(like)]
     if guidance_scale is None:
         usual = 1.2 if pipeline.transformer.grid_size >= 4 else 2.0
         guidance_scale = pipeline.facts.get("guidance_scale", usual)
@@ -270,86 +255,6 @@ def _find_model(place: Path) -> tuple[Path, str, int | None]:
     return checkpoint.pipeline, run.name, checkpoint.step
 
 
-def _load_encoder(
-    pipeline: PixCellPipeline, given: str | None, weights: Path | None, download: bool, device: torch.device
-) -> Encoder:
-    known = pipeline.facts.get("encoder", {})
-    name = given or known.get("name")
-    if name is None:
-        raise ModelError(
-            "the model does not say which encoder it was trained with (it has no pixcell.json). "
-            "Name it, for example --set encoder=uni2-h, or sample with --unconditional."
-        )
-    loaded = load_encoder(name, weights=weights, download=download, device=device)
-    if known.get("sha256") not in (None, loaded.sha256):
-        raise ModelError(
-            f"encoder {loaded.name} ({loaded.sha256[:12]}) is not the one the model was trained with: "
-            f"{known['name']} ({known['sha256'][:12]}). Its embeddings would mean nothing to the model."
-        )
-    width = pipeline.transformer.config.caption_channels
-    if loaded.dim != width:
-        raise ModelError(
-            f"encoder {loaded.name} makes embeddings {loaded.dim} wide, the model takes {width}. "
-            "Use the encoder that the model was trained with."
-        )
-    return loaded
-
-
-def _expanded(like: Sequence[Path]) -> list[Path]:
-    files = []
-    for path in map(Path, like):
-        if (path / "store.json").is_file():
-            raise SlideError(
-                f"{path} is a tile store; its pictures are overviews for people. Give pictures of tissue."
-            )
-        found = find_slides(path) if path.is_dir() else [path]
-        # Where a folder of samples is imitated, its contact sheet is none of them.
-        taken = [file for file in found if not (path.is_dir() and file.name == _SHEET and _is_sheet(file))]
-        if not taken:
-            raise SlideError(f"there is no picture in {path}. Give pictures, or a folder that holds some.")
-        files += taken
-    return files
-
-
-def _is_sheet(path: Path) -> bool:
-    return bool((read_provenance(path) or {}).get("contact_sheet"))
-
-
-def _read_reference(
-    path: Path, pipeline: PixCellPipeline, encoder: Encoder, source_mpp: float | None
-) -> _Reference:
-    pixels, resolution = _centre(path, pipeline.sample_size, pipeline.facts.get("mpp"), source_mpp)
-    tile = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-    grid = encoder.grid(tile, pipeline.sample_size // pipeline.transformer.grid_size).cpu()
-    Conditioning(grid).check_finite()
-    digest = sha256_of(path) if path.is_file() else hash_of(pixels)
-    return _Reference(path.name, digest, pixels, resolution, grid[0])
-
-
-def _centre(path: Path, size: int, mpp: float | None, source_mpp: float | None) -> tuple[np.ndarray, str]:
-    """Return the middle of a picture at the model's resolution, and what that resolution was read from.
-
-    A plain image that does not state its resolution is taken pixel for pixel: it is a picture of the size
-    that the model makes, or is cut to it. A slide must state it. (size, size, 3) uint8.
-    """
-    with Slide.open(path, source_mpp) as slide:
-        if slide.resolution is None and slide.backend != "image":
-            raise UnknownResolution(path)
-        if slide.resolution is None or mpp is None:
-            scale, told = 1.0, "not stated: taken pixel for pixel"
-        else:
-            scale, told = scale_between(slide.mpp, mpp), f"{slide.mpp:.4g} mpp, {slide.resolution.source}"
-        side = round(size * scale)
-        if min(slide.width, slide.height) < side:
-            at = "" if mpp is None else f" at {mpp:.4g} microns per pixel"
-            raise SlideError(
-                f"{path.name} is {slide.width} x {slide.height} pixels ({told}); the model makes pictures of "
-                f"{size} x {size}{at}, for which it must have {side} x {side}. Give a larger piece of tissue."
-            )
-        box = Box((slide.width - side) // 2, (slide.height - side) // 2, side, side)
-        return slide.read(box, size=(size, size)), told
-
-
 def _fixed_batch(pipeline: PixCellPipeline, device: torch.device) -> int:
     """Return how many pictures the network sees at once: never a matter of ``batch_size``.
 
@@ -362,7 +267,7 @@ def _fixed_batch(pipeline: PixCellPipeline, device: torch.device) -> int:
 
 
 def _plan(
-    out: Path, count: int, references: Sequence[_Reference], recipe: Mapping[str, Any]
+    out: Path, count: int, references: Sequence[Reference], recipe: Mapping[str, Any]
 ) -> list[_Picture]:
     plan = []
     for index in range(count):
@@ -463,12 +368,12 @@ def _sampled(
 
 
 def _write_sheet(
-    out: Path, plan: Sequence[_Picture], references: Sequence[_Reference], recipe: Mapping[str, Any]
+    out: Path, plan: Sequence[_Picture], references: Sequence[Reference], recipe: Mapping[str, Any]
 ) -> Path:
     """Draw the first pictures beside their references, from the files as they are."""
     shown = plan[:_SHEET_PICTURES]
     rows = []
-    everyone: Sequence[_Reference | None] = references or [None]
+    everyone: Sequence[Reference | None] = references or [None]
     for reference in everyone:
         pictures = [picture for picture in shown if picture.reference is reference]
         if pictures:
@@ -487,7 +392,7 @@ def _write_sheet(
     )
     how = f"seed {recipe['seed']}, {recipe['steps']} steps, {guidance}"
     title = f"Synthetic tissue{more}: {recipe['model']}{step}, {how}"
-    path = out / _SHEET
+    path = out / SHEET_NAME
     sheet = draw_contact_sheet(title, rows)
     save_synthetic_png(path, np.asarray(sheet), {"contact_sheet": True, **recipe})
     return path
