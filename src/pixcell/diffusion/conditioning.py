@@ -33,7 +33,7 @@ _CONDITIONS = {
     "text_states": "text states",
     "control_latents": "control latents",
 }
-_MASKS = ("dropped", "uncontrolled")
+_PER_SAMPLE = (*_CONDITIONS, "dropped", "control_scale")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Conditioning:
         dropped: Rows to be treated as having no condition at all. None: none of them.
         text_states: States of a text encoder for each sample.
         control_latents: Normalised latents of a control image, on the grid of the sample's own.
-        uncontrolled: Rows that have no control but keep their other conditions. None: none of them.
+        control_scale: How much control each sample gets; 0 is none. None: 1 for all.
         encoder: What made the embeddings (``Encoder.made_by()``), so that a model of another encoder can
             refuse them. None: not known.
     """
@@ -54,7 +54,7 @@ class Conditioning:
     dropped: Bool[Tensor, " batch"] | None = None
     text_states: Float[Tensor, "batch tokens text_dim"] | None = None
     control_latents: Float[Tensor, "batch channels height width"] | None = None
-    uncontrolled: Bool[Tensor, " batch"] | None = None
+    control_scale: Float[Tensor, " batch"] | None = None
     encoder: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -71,12 +71,12 @@ class Conditioning:
         if len(set(sizes.values())) > 1:
             counts = ", ".join(f"{count} {what}" for what, count in sizes.items())
             raise ModelError(f"the conditions of a batch are not equally many: {counts}.")
-        for name in _MASKS:
-            mask = getattr(self, name)
-            if mask is not None and tuple(mask.shape) != (self.batch_size,):
-                raise ValueError(f"{name} marks rows of the conditions: one boolean each")
-        if self.uncontrolled is not None and control is None:
-            raise ValueError("uncontrolled marks rows of control latents; there are none")
+        for name in ("dropped", "control_scale"):
+            rows = getattr(self, name)
+            if rows is not None and tuple(rows.shape) != (self.batch_size,):
+                raise ValueError(f"{name} has one value for each row of the conditions")
+        if self.control_scale is not None and control is None:
+            raise ValueError("control_scale scales control latents; there are none")
 
     @classmethod
     def from_tokens(cls, tokens: Float[Tensor, "batch tokens dim"]) -> "Conditioning":
@@ -107,13 +107,13 @@ class Conditioning:
 
     @property
     def controlled(self) -> Bool[Tensor, " batch"] | None:
-        """Which rows have a control: neither dropped nor ``uncontrolled``. None: there is no control."""
+        """Which rows have a control: not dropped, and not scaled by 0. None: there is no control."""
         if self.control_latents is None:
             return None
-        rows = self.control_latents.new_ones(self.control_latents.shape[0], dtype=torch.bool)
-        for mask in (self.dropped, self.uncontrolled):
-            rows = rows if mask is None else rows & ~mask.to(rows.device)
-        return rows
+        rows = torch.ones(self.control_latents.shape[0], dtype=torch.bool, device=self._device)
+        if self.dropped is not None:
+            rows = rows & ~self.dropped
+        return rows if self.control_scale is None else rows & (self.control_scale != 0)
 
     def tokens(
         self, unconditional_embedding: Float[Tensor, "tokens dim"], batch_size: int
@@ -183,11 +183,16 @@ class Conditioning:
 
     def drop(self, mask: Bool[Tensor, " batch"]) -> "Conditioning":
         """Take all conditions away where ``mask`` is true."""
-        return self if self.is_empty else self._masked("dropped", mask)
+        if self.is_empty:
+            return self
+        mask = mask.to(self._device)
+        return replace(self, dropped=mask if self.dropped is None else self.dropped | mask)
 
     def drop_control(self, mask: Bool[Tensor, " batch"]) -> "Conditioning":
-        """Take the control alone away where ``mask`` is true."""
-        return self if self.control_latents is None else self._masked("uncontrolled", mask)
+        """Take the control alone away where ``mask`` is true; other conditions stay."""
+        if self.control_latents is None:
+            return self
+        return replace(self, control_scale=self._scale().masked_fill(mask.to(self._device), 0.0))
 
     def dropped_everywhere(self) -> "Conditioning":
         """Take every condition away, keeping sizes: the unconditional twin of a batch."""
@@ -237,9 +242,9 @@ class Conditioning:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Conditioning":
         """Move to a device, and conditions to a dtype."""
-        return self._each(
-            lambda values: values.to(device) if values.dtype == torch.bool else values.to(device, dtype)
-        )
+        moved = self._each(lambda values: values.to(device))
+        present = [name for name in _CONDITIONS if self._has(name)]
+        return replace(moved, **{name: getattr(moved, name).to(dtype=dtype) for name in present})
 
     @classmethod
     def cat(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -266,7 +271,7 @@ class Conditioning:
             names = " and ".join(sorted({str(encoder.get("name")) for encoder in encoders}))
             raise ModelError(f"embeddings of different encoders ({names}) cannot be joined.")
         joined: dict[str, Tensor] = {}
-        for name in (*_CONDITIONS, *_MASKS):
+        for name in _PER_SAMPLE:
             if any(part._has(name) for part in parts):
                 joined[name] = torch.cat([part._rows_of(name) for part in parts])
         return cls(**joined, encoder=encoders[0] if encoders else None)  # type: ignore[arg-type]
@@ -275,10 +280,18 @@ class Conditioning:
         return getattr(self, name) is not None
 
     def _rows_of(self, name: str) -> Tensor:
-        values: Tensor | None = getattr(self, name)
-        if values is not None:
+        """Return a field, or what its absence means where other parts of a joined batch have it."""
+        if self._has(name):
+            values: Tensor = getattr(self, name)
             return values
+        if name == "control_scale":
+            return self._scale()
         return torch.zeros(self.batch_size or 0, dtype=torch.bool, device=self._device)
+
+    def _scale(self) -> Tensor:
+        if self.control_scale is not None:
+            return self.control_scale
+        return torch.ones(self.batch_size or 0, device=self._device)
 
     @property
     def _device(self) -> torch.device | None:
@@ -286,18 +299,16 @@ class Conditioning:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Change everything that has a row per sample."""
-        present = [name for name in (*_CONDITIONS, *_MASKS) if self._has(name)]
+        present = [name for name in _PER_SAMPLE if self._has(name)]
         return replace(self, **{name: change(getattr(self, name)) for name in present})
-
-    def _masked(self, name: str, mask: Tensor) -> "Conditioning":
-        mask, old = mask.to(self._device), getattr(self, name)
-        return replace(self, **{name: mask if old is None else old | mask})
 
     def _with_blank_control(self, like: Tensor) -> "Conditioning":
         if self.control_latents is not None:
             return self
         blank = like.new_zeros(self.batch_size or 0, *like.shape[1:])
-        return replace(self, control_latents=blank, uncontrolled=blank.new_ones(len(blank), dtype=torch.bool))
+        return replace(
+            self, control_latents=blank, control_scale=torch.zeros(len(blank), device=blank.device)
+        )
 
     def _undropped(self, states: Tensor, unconditional: Tensor) -> Tensor:
         if self.dropped is None:
