@@ -200,11 +200,12 @@ class Conditioning:
             return self
         return self.drop(torch.ones(self.batch_size, dtype=torch.bool))
 
-    def window(self, box: Box) -> "Conditioning":
+    def window(self, box: Box, latents_per_field: int = LATENTS_PER_FIELD) -> "Conditioning":
         """Return the conditions under a window; text holds for all of them.
 
         Args:
             box: In latents. With embeddings, it must start and end on borders of fields.
+            latents_per_field: Latents along the side of the field of one embedding.
 
         Raises:
             ValueError: If it does not, or reaches outside: conditions between two embeddings do not exist.
@@ -213,12 +214,12 @@ class Conditioning:
         if grid is not None:
             sides = (box.x, box.y, box.width, box.height)
             rows, columns = grid.shape[1:3]
-            if any(side % LATENTS_PER_FIELD for side in sides):
+            if any(side % latents_per_field for side in sides):
                 raise ValueError(
                     f"{box} does not fall on the embedding grid: every side must be a multiple of "
-                    f"{LATENTS_PER_FIELD} latents (one field)"
+                    f"{latents_per_field} latents (one field)"
                 )
-            x, y, width, height = (side // LATENTS_PER_FIELD for side in sides)
+            x, y, width, height = (side // latents_per_field for side in sides)
             if not Box(0, 0, columns, rows).contains(Box(x, y, width, height)):
                 raise ValueError(f"{box} reaches outside a grid of {rows} x {columns} fields")
             grid = grid[:, y : y + height, x : x + width]

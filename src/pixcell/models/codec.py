@@ -17,7 +17,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models import autoencoders
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.geometry import window_starts
 from pixcell.models.autoencoder import TissueAutoencoder
+from pixcell.models.blending import window_weight
 from pixcell.models.weights import fetch, weights_sha256
 
 __all__ = ["PUBLISHED_CODECS", "LatentCodec", "PublishedCodec", "to_uint8", "to_unit"]
@@ -184,18 +185,22 @@ class LatentCodec:
         *,
         window: int = _WINDOW,
         overlap: int | None = None,
+        weight: Literal["bands", "gaussian"] = "bands",
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return the pictures of normalised latents, float32 in [0, 1], clamped.
 
         Latents wider or higher than ``window`` are decoded in windows, which bounds the memory of the
-        decoder's inner layers. Of the ``overlap`` between two windows the outer third on either side is not
-        used (there a decoder sees the window's border), and the middle third is blended from one to the
-        other. For a decoder whose reach is at most that third the result is that of decoding at once.
+        decoder's inner layers. With "bands", of the ``overlap`` between two windows the outer third on either
+        side is not used (there a decoder sees the window's border), and the middle third is blended from one
+        to the other. For a decoder whose reach is at most that third the result is that of decoding at once.
+        "gaussian" is how published large images are decoded, there with windows of 128 that overlap by 64:
+        every window counts, its border too, by :func:`~pixcell.models.blending.gaussian_weight`.
 
         Args:
             latents: Normalised latents.
             window: Side of a window, in latents.
             overlap: What neighbouring windows share, in latents; by default 3/8 of ``window``.
+            weight: How windows are blended.
         """
         overlap = 3 * window // 8 if overlap is None else overlap
         if not 0 <= overlap < window:
@@ -211,10 +216,13 @@ class LatentCodec:
         weights = torch.zeros(height * f, width * f, device=self.device)
         for row in rows:
             for column in columns:
-                weight = torch.outer(row.weight(f), column.weight(f)).to(self.device)
+                if weight == "bands":
+                    share = torch.outer(row.weight(f), column.weight(f)).to(self.device)
+                else:
+                    share = window_weight(weight, row.size * f, column.size * f).to(self.device)
                 area = (..., row.pixels(f), column.pixels(f))
-                pixels[area] += self._decode(raw[..., row.latents, column.latents]) * weight
-                weights[area] += weight
+                pixels[area] += self._decode(raw[..., row.latents, column.latents]) * share
+                weights[area] += share
         return (pixels / weights).clamp(0, 1)
 
     def _decode(self, raw: Tensor) -> Tensor:
