@@ -1,9 +1,9 @@
 """The control branch: a copy of the denoiser that reads a picture and tells the denoiser where things go.
 
 The picture (a mask of cells, in the published model) comes as latents, is cut into patches like the noisy
-latents, and is added to their tokens. These run through the first blocks of a copy of the denoiser; after each
-block a linear head makes a residual, and the denoiser adds it after its block of the same number. The heads
-start at zero, so an untrained branch changes nothing.
+latents, and is added to their tokens. These run through the first blocks of a copy of the denoiser. After
+each block a linear head makes a residual, which the denoiser adds after its block of the same number. The
+heads start at zero, so an untrained branch changes nothing.
 
 Parameter names and configuration keys are those of the published weights. Their ``proj_out`` and
 ``scale_shift_table`` belong to the copied denoiser and take no part here.
