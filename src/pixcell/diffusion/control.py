@@ -23,29 +23,30 @@ from pixcell.errors import ModelError
 from pixcell.models.codec import LatentCodec
 from pixcell.models.controlnet import PixCellControlNetModel
 
-__all__ = ["Control", "ControlImage", "control_by", "control_latents_of", "control_pictures"]
+__all__ = ["Control", "ControlImage", "as_control", "control_by", "control_latents_of", "control_pictures"]
 
 _EIGHT_BIT = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 ControlImage = Image.Image | np.ndarray | Tensor | Sequence[Image.Image]
 """A control image, or a batch of them; see :func:`control_pictures`."""
 
-Control = Callable[[Tensor, Tensor, Conditioning], tuple[Tensor, ...] | None]
-"""``(latents, timestep, conditioning)`` to the residuals of each block, or None where no row has control."""
+
+Control = Callable[[Tensor, Tensor, Conditioning], Sequence[Tensor] | None]
+"""``(latents, timestep, conditioning)`` to what is added to each block, or None where no row has control."""
 
 
 def control_by(controlnet: PixCellControlNetModel) -> Control:
-    """Return a control branch as a function of what a denoiser gets.
+    """Return a control branch as what :func:`~pixcell.diffusion.denoisers.denoiser_of` takes.
 
-    The branch runs on the rows that have a control. In a batch for guidance that is the conditional half.
+    The branch runs on the rows that have a control: in a batch for guidance, on the conditional half.
     """
 
-    def control(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> tuple[Tensor, ...] | None:
+    def control(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Sequence[Tensor] | None:
         rows = conditioning.controlled
         if rows is None or not rows.any():
             return None
-        chosen = rows.nonzero().flatten()
-        part = conditioning.select(chosen).to(latents.device, controlnet.dtype)
+        chosen = rows.nonzero().flatten().to(latents.device)
+        part = conditioning.to(latents.device).select(chosen)
         null = controlnet.unconditional_embedding.to(latents.device)
         (residuals,) = controlnet(
             latents[chosen].to(controlnet.dtype),
@@ -54,6 +55,7 @@ def control_by(controlnet: PixCellControlNetModel) -> Control:
             part.control_latents,
             1.0 if part.control_scale is None else part.control_scale,
             return_dict=False,
+            dropped=None if part.embedding_grid is not None else torch.ones_like(chosen, dtype=torch.bool),
         )
         if len(chosen) == len(latents):
             return tuple(residuals)
@@ -62,32 +64,42 @@ def control_by(controlnet: PixCellControlNetModel) -> Control:
     return control
 
 
-def control_latents_of(
+def as_control(
     codec: LatentCodec, control: ControlImage, height: int, width: int
-) -> Float[Tensor, "batch channels h w"]:
-    """Return what a control branch gets: the normalised posterior mean of the pictures, float32.
-
-    Pictures are encoded one at a time, so that one does not depend on others in its batch, and in the
-    autoencoder's own number format, whatever that of the denoiser is.
+) -> Float[Tensor, "batch _ _ _"] | UInt8[Tensor, "batch 3 _ _"]:
+    """Check a control image and return a batch of pictures; latents are returned as they are.
 
     Args:
         codec: The autoencoder that the model was trained with.
-        control: Pictures as :func:`control_pictures` takes them, or normalised latents, which are returned
-            as they are.
+        control: Pictures as :func:`control_pictures` takes them, or their normalised latents.
         height: Of the tissue to be made, in pixels.
         width: Of the tissue to be made, in pixels.
 
     Raises:
         ModelError: If size, values or number of channels are not those of a control image.
     """
-    if is_control_latents(control, codec, height, width):
+    if _is_encoded(control, codec, height, width):
         assert isinstance(control, Tensor)
-        return control.float()
-    pictures = control_pictures(control, height, width)
-    return torch.cat([codec.normalise(codec.encode(picture)[0]) for picture in pictures.split(1)])
+        return control
+    return control_pictures(control, height, width)
 
 
-def is_control_latents(control: ControlImage, codec: LatentCodec, height: int, width: int) -> bool:
+def control_latents_of(
+    codec: LatentCodec, control: ControlImage, height: int, width: int
+) -> Float[Tensor, "batch channels h w"]:
+    """Return what a control branch gets: the normalised posterior mean of the pictures, float32.
+
+    Pictures are encoded one at a time, so that one does not depend on others in its batch, and in the
+    autoencoder's own number format, whatever that of the denoiser is. Arguments and errors are those of
+    :func:`as_control`.
+    """
+    batch = as_control(codec, control, height, width)
+    if _is_encoded(batch, codec, height, width):
+        return batch.float()
+    return torch.cat([codec.normalise(codec.encode(picture)[0]) for picture in batch.split(1)])
+
+
+def _is_encoded(control: ControlImage, codec: LatentCodec, height: int, width: int) -> bool:
     """Whether ``control`` has the shape of latents and not of pictures."""
     latent_size = (codec.latent_channels, height // codec.downsampling, width // codec.downsampling)
     return isinstance(control, Tensor) and control.ndim == 4 and tuple(control.shape[1:]) == latent_size
@@ -101,9 +113,9 @@ def control_pictures(
     Nothing is resized: how a mask is to be resampled depends on what it is a mask of.
 
     Args:
-        control: PIL pictures of any mode; arrays (height, width), (height, width, channels), or a batch of
-            either; tensors (height, width), (channels, height, width) or a batch of the latter. 1 or 3 channels; boolean, uint8 with
-            0 for black and 255 for white, or float in [0, 1].
+        control: PIL pictures; arrays (height, width), (height, width, channels), or a batch of either;
+            tensors (height, width), (channels, height, width), or a batch of the latter. 1 or 3 channels;
+            boolean, uint8 with 0 for black and 255 for white, or float in [0, 1].
         height: Expected, in pixels.
         width: Expected, in pixels.
 
@@ -117,9 +129,8 @@ def control_pictures(
         pictures = _channels_first(control if isinstance(control, np.ndarray) else _array_of(control))
     if pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
         raise ModelError(
-            f"a batch of control images of shape {tuple(pictures.shape)} was given. Expected a PIL picture, an "
-            "array (height, width) or (height, width, 3), or a tensor (1 or 3 channels, height, width); or a "
-            "batch of them."
+            f"a batch of control images of shape {tuple(pictures.shape)} was given. Expected PIL pictures, "
+            "arrays (height, width) or (height, width, 3), or tensors (1 or 3 channels, height, width)."
         )
     if tuple(pictures.shape[2:]) != (height, width):
         raise ModelError(

@@ -3,49 +3,57 @@
     pipeline = PixCellPipeline.from_pretrained("runs/nano/checkpoints/step-00002000/pipeline")
     pictures = pipeline(embeddings, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
 
-A saved pipeline has a file more than diffusers': ``pixcell.json``, with what the numbers mean.
-
-    encoder      what made the embeddings it was trained on: name, sha256, dim
-    field_size   side of the field that has one embedding, in pixels
-    mpp          microns per pixel of its pictures
-    codec        what made the latents: name, sha256, latent_channels
-
-It is checked against the weights when a pipeline is built. Published pipelines have none.
+A saved pipeline has a file more than diffusers': ``pixcell.json``, with what the numbers mean (see
+``diffusion.model_facts``). It is checked against the weights when a pipeline is built. Published pipelines
+have none.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from pixcell.diffusion.conditioning import Conditioning
-from pixcell.diffusion.guidance import guided
-from pixcell.diffusion.losses import Target
-from pixcell.diffusion.sampling import (
-    check_steps,
-    denoiser_of,
-    in_fixed_batches,
-    sample_latents,
-    target_of,
+from pixcell.diffusion.control import ControlImage, as_control, control_by, control_latents_of
+from pixcell.diffusion.denoisers import denoiser_of
+from pixcell.diffusion.guidance import check_guidance, guided, usual_guidance_scale
+from pixcell.diffusion.loading import (
+    find_pipeline,
+    load_controlnet,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    read_index,
+    read_json,
 )
-from pixcell.errors import MissingWeights, ModelError, WrongWeights
+from pixcell.diffusion.model_facts import check_encoder, check_facts
+from pixcell.diffusion.noise_schedules import Target
+from pixcell.diffusion.pipeline_parts import (
+    FACTS_FILE,
+    OnStepEnd,
+    as_output,
+    bring,
+    check_output,
+    noise_like,
+    reporting,
+)
+from pixcell.diffusion.sampling import in_fixed_batches, sample_latents
+from pixcell.diffusion.schedulers import check_steps, lay_out, takes_variance, target_of
+from pixcell.errors import ModelError
 from pixcell.files import write_json
-from pixcell.models.codec import LatentCodec, to_uint8
-from pixcell.models.threads import side_by_side
+from pixcell.models.codec import LatentCodec
+from pixcell.models.controlnet import PixCellControlNetModel
 from pixcell.models.transformer import PixCellTransformer2DModel
 
 __all__ = ["FACTS_FILE", "PixCellPipeline", "load_transformer"]
 
-FACTS_FILE = "pixcell.json"
-_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_CLASSES = ("PixCellPipeline", "PixCellControlNetPipeline")
+_PARTS = ("transformer", "vae", "scheduler")
 
 
 class PixCellPipeline(DiffusionPipeline):
@@ -55,13 +63,16 @@ class PixCellPipeline(DiffusionPipeline):
         transformer: Predicts noise, or what the facts call the target.
         vae: A diffusers autoencoder of RGB pictures, or a ``TissueAutoencoder``.
         scheduler: Any of diffusers for what the transformer predicts.
-        facts: What the numbers mean; see the top of the module.
+        facts: What the numbers mean; see ``diffusion.model_facts``.
+        controlnet: Makes pictures follow a control image. None: no control image is taken.
 
     Raises:
-        ModelError: If the facts contradict the weights.
+        ModelError: If the facts contradict the weights, or control branch and transformer do not fit.
     """
 
+    # The control branch takes turns with the transformer: once there, it stays until the end.
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["controlnet"]  # noqa: RUF012 (diffusers' own declaration)
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -70,14 +81,16 @@ class PixCellPipeline(DiffusionPipeline):
         vae: nn.Module,
         scheduler: SchedulerMixin,
         facts: Mapping[str, Any] | None = None,
+        controlnet: PixCellControlNetModel | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, controlnet=controlnet)
         self.facts: dict[str, Any] = dict(facts or {})
         # Published pipelines have no facts; there, what their own scheduler says holds for later ones.
         self._target: Target = self.facts.get("target", target_of(scheduler))
         self._codec: LatentCodec | None = None
-        self._check_facts()
+        check_facts(self.facts, transformer, self.sample_size)
+        self._check_controlnet()
 
     @classmethod
     def from_pretrained(
@@ -86,34 +99,46 @@ class PixCellPipeline(DiffusionPipeline):
         *,
         torch_dtype: torch.dtype = torch.float32,
         transformer: PixCellTransformer2DModel | None = None,
-        vae: nn.Module | None = None,
+        vae: nn.Module | str | Path | None = None,
         scheduler: SchedulerMixin | None = None,
+        controlnet: PixCellControlNetModel | str | Path | None = None,
+        download: bool = False,
     ) -> "PixCellPipeline":
         """Load a pipeline folder. Weights are read as data; no code of the folder is run.
 
         Args:
-            pretrained_model_name_or_path: A folder with ``model_index.json``.
-            torch_dtype: Number format of the transformer. The autoencoder stays in float32: it runs once a
-                picture, and some of them overflow in half precision.
+            pretrained_model_name_or_path: A folder with ``model_index.json``, or ``owner/name`` on the hub.
+            torch_dtype: Number format of transformer and control branch. The autoencoder stays in float32: it
+                runs once a picture, and some of them overflow in half precision.
             transformer: Used instead of the folder's.
-            vae: Used instead of the folder's; needed where its weights are kept elsewhere.
+            vae: Used instead of the folder's; needed where its weights are kept elsewhere. A module, or what
+                :meth:`LatentCodec.from_pretrained` takes: a folder or a name.
             scheduler: Used instead of the folder's.
+            controlnet: Used instead of the folder's, or where it has none: a module, or the folder of one.
+            download: Whether what is not on this machine may be downloaded.
 
         Raises:
             MissingWeights: If a part is not there.
             WrongWeights: If names or shapes of tensors do not fit.
             ModelError: If the folder is no pipeline of this class, or its facts contradict its weights.
         """
-        folder = Path(pretrained_model_name_or_path)
-        _check_index(folder)
-        facts = _read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
+        folder = find_pipeline(pretrained_model_name_or_path, download)
+        index = read_index(folder, _CLASSES, _PARTS)
+        facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
+        if isinstance(vae, str | Path):
+            vae = LatentCodec.from_pretrained(vae, download=download).vae
+        if controlnet is None and index.get("controlnet", [None])[0] is not None:
+            controlnet = folder / "controlnet"
+        if isinstance(controlnet, str | Path):
+            controlnet = load_controlnet(Path(controlnet), torch_dtype)
         pipeline = cls(
             transformer=load_transformer(folder / "transformer", torch_dtype)
             if transformer is None
             else transformer,
-            vae=LatentCodec.from_pretrained(folder / "vae").vae if vae is None else vae,
-            scheduler=_load_scheduler(folder / "scheduler") if scheduler is None else scheduler,
+            vae=load_vae(folder / "vae") if vae is None else vae,
+            scheduler=load_scheduler(folder / "scheduler") if scheduler is None else scheduler,
             facts=facts,
+            controlnet=controlnet,
         )
         pipeline.register_to_config(_name_or_path=str(folder))
         return pipeline
@@ -124,9 +149,20 @@ class PixCellPipeline(DiffusionPipeline):
         if self.facts:
             write_json(Path(save_directory) / FACTS_FILE, self.facts)
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device and number format; see :meth:`DiffusionPipeline.to`.
+
+        An autoencoder whose activations need more range than float16 has computes in float32 all the same.
+        """
+        super().to(*args, **kwargs)
+        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+            self.vae.to(torch.float32)
+        return self
+
     @property
     def codec(self) -> LatentCodec:
-        """The autoencoder with its scale and shift."""
+        """The autoencoder with its scale and shift, on the device where it computes."""
+        bring(self.vae)
         if self._codec is None or self._codec.vae is not self.vae:
             device, dtype = self.vae.device, self.vae.dtype
             name = self.facts.get("codec", {}).get("name", type(self.vae).__name__)
@@ -138,6 +174,11 @@ class PixCellPipeline(DiffusionPipeline):
         """Side of the pictures the model was trained on, in pixels."""
         return self.transformer.config.sample_size * self.codec.downsampling
 
+    @property
+    def usual_guidance_scale(self) -> float:
+        """What suits the model: the scale saved with it; else that of published models of its size."""
+        return float(self.facts.get("guidance_scale", usual_guidance_scale(self.transformer.grid_size)))
+
     def get_unconditional_embedding(self, batch_size: int = 1) -> Float[Tensor, "batch tokens dim"]:
         """Return the tokens that stand for "no condition"."""
         return self.transformer.unconditional_embedding.expand(batch_size, -1, -1)
@@ -148,7 +189,12 @@ class PixCellPipeline(DiffusionPipeline):
         embeddings: Tensor | Conditioning | None = None,
         *,
         num_inference_steps: int = 20,
-        guidance_scale: float | Tensor = 2.0,
+        guidance_scale: float | Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        negative_embeddings: Tensor | Conditioning | None = None,
+        control: ControlImage | None = None,
+        control_scale: float | Tensor = 1.0,
+        encoder: Mapping[str, Any] | None = None,
         num_images_per_embedding: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -156,8 +202,7 @@ class PixCellPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
-        | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
         fixed_batch: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -166,7 +211,19 @@ class PixCellPipeline(DiffusionPipeline):
         Args:
             embeddings: (batch, rows, columns, dim) or, row by row, (batch, tokens, dim). None: no condition.
             num_inference_steps: Calls of the denoiser.
-            guidance_scale: 1 is no guidance; one for all, or a tensor with one per picture.
+            guidance_scale: 1 is no guidance; one for all, or a tensor with one per picture. None: what suits
+                the model, :attr:`usual_guidance_scale`.
+            guidance_interval: Timesteps, lowest and highest, at which to guide; at others the prediction is
+                the conditional one. None: guide at all of them.
+            negative_embeddings: What guidance moves away from, instead of "no condition"; one for all, or one
+                per sample.
+            control: Where things are to go: masks or other pictures as large as those to be made, or their
+                latents; one for all, or one per sample. See
+                :func:`~pixcell.diffusion.control.control_pictures`. Needs a ``controlnet``.
+            control_scale: How closely to follow it; 0 is not at all. One for all, or a tensor with one per
+                picture.
+            encoder: What made the embeddings (``Encoder.made_by()``); compared with what the model knows of
+                its own.
             num_images_per_embedding: Pictures per condition, side by side in the result; without embeddings
                 the number of pictures.
             height: In pixels. None: as trained.
@@ -184,90 +241,117 @@ class PixCellPipeline(DiffusionPipeline):
                 None: on all at once.
 
         Raises:
-            ModelError: If embeddings, sizes or steps do not fit the model; before any compute.
+            ModelError: If embeddings, their encoder, control, sizes or steps do not fit the model; before any
+                compute.
         """
-        if output_type not in _OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is none of {', '.join(_OUTPUT_TYPES)}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"a callback can get {self._callback_tensor_inputs}, not {sorted(unknown)}")
+        check_output(output_type, callback_on_step_end_tensor_inputs)
         check_steps(num_inference_steps, self.scheduler)
         self._check_target()
         if num_images_per_embedding < 1:
             raise ModelError(f"{num_images_per_embedding} pictures cannot be made; ask for at least 1.")
-        conditioning = _conditioning_of(embeddings).repeat(num_images_per_embedding)
-        batch_size = conditioning.batch_size or num_images_per_embedding
-        # Fails here if grid and model do not fit, and not after the first noise is drawn.
-        conditioning.to(self.transformer.device).tokens(self.transformer.unconditional_embedding, batch_size)
-        conditioning.check_finite()
+        if guidance_scale is None:
+            guidance_scale = self.usual_guidance_scale
+        check_guidance(guidance_scale, guidance_interval)
+        height, width = self._size(height, width)
+        conditioning = self._conditioning(embeddings, encoder)
+        negative = None if negative_embeddings is None else self._conditioning(negative_embeddings, encoder)
+        pictures = None if control is None else as_control(self.codec, control, height, width)
+        num_conditions = conditioning.batch_size or (1 if pictures is None else len(pictures))
+        batch_size = num_conditions * num_images_per_embedding
+        shape = self._latent_shape(batch_size, height, width)
+        self._check_control(conditioning, pictures, num_conditions, shape)
+        scale = _control_scales(control_scale, batch_size)
+        noise = noise_like(shape, generator, latents, self._execution_device)
 
-        noise = self._noise(batch_size, height, width, generator, latents)
-        denoiser = denoiser_of(self.transformer)
+        if pictures is not None:
+            encoded = control_latents_of(self.codec, pictures, height, width)
+            conditioning = replace(conditioning, control_latents=encoded.expand(num_conditions, -1, -1, -1))
+            conditioning.check_finite()
+        conditioning = conditioning.repeat(num_images_per_embedding).to(noise.device)
+        if scale is not None and conditioning.control_latents is not None:
+            conditioning = replace(conditioning, control_scale=scale.to(noise.device))
+
+        lay_out(self.scheduler, num_inference_steps, noise.device)
+        denoiser = denoiser_of(
+            self.transformer,
+            None if self.controlnet is None else control_by(self.controlnet),
+            with_variance=takes_variance(self.scheduler),
+            timesteps=self.scheduler.timesteps,
+        )
+        if negative is not None and negative.batch_size == num_conditions:
+            negative = negative.repeat(num_images_per_embedding)
+        one_for_all = not isinstance(guidance_scale, Tensor) and (
+            negative is None or negative.batch_size == 1
+        )
         if fixed_batch is None:
-            denoiser = guided(denoiser, guidance_scale)
-        elif isinstance(guidance_scale, Tensor):  # one scale per picture must meet all pictures
-            denoiser = guided(in_fixed_batches(denoiser, fixed_batch), guidance_scale)
-        else:
-            denoiser = in_fixed_batches(guided(denoiser, guidance_scale), fixed_batch)
+            denoiser = guided(denoiser, guidance_scale, guidance_interval, negative)
+        elif one_for_all:
+            denoiser = guided(denoiser, guidance_scale, guidance_interval, negative)
+            denoiser = in_fixed_batches(denoiser, fixed_batch)
+        else:  # what differs from picture to picture must meet all pictures
+            denoiser = in_fixed_batches(denoiser, fixed_batch)
+            denoiser = guided(denoiser, guidance_scale, guidance_interval, negative)
         with self.progress_bar(total=num_inference_steps) as bar:
-
-            def on_step(number: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-                bar.update()
-                if callback_on_step_end is None:
-                    return None
-                tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                changed = callback_on_step_end(self, number, timestep, tensors) or {}
-                return changed.get("latents")
-
             result = sample_latents(
-                denoiser, self.scheduler, noise, conditioning, num_inference_steps, generator, on_step
+                denoiser,
+                self.scheduler,
+                noise,
+                conditioning,
+                num_inference_steps,
+                generator,
+                reporting(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs),
             )
-        images = self._finished(result, output_type, fixed_batch)
+        images = as_output(self, result, output_type, one_by_one=fixed_batch is not None)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _noise(
-        self,
-        batch_size: int,
-        height: int | None,
-        width: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
-    ) -> Tensor:
-        factor, patch = self.codec.downsampling, self.transformer.config.patch_size
-        height, width = height or self.sample_size, width or self.sample_size
-        if height % (factor * patch) or width % (factor * patch) or height < 1 or width < 1:
-            raise ModelError(f"{height} x {width} pixels: both sides must be multiples of {factor * patch}.")
-        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
-        if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ModelError(
-                    f"the latents given are {tuple(latents.shape)}; these pictures need {shape}."
-                )
-            return latents.to(self._execution_device, torch.float32)
-        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        step = self.codec.downsampling * self.transformer.config.patch_size
+        height = self.sample_size if height is None else height
+        width = self.sample_size if width is None else width
+        if height % step or width % step or height < 1 or width < 1:
+            raise ModelError(f"{height} x {width} pixels: both sides must be multiples of {step}.")
+        return height, width
 
-    def _finished(self, latents: Tensor, output_type: str, fixed_batch: int | None) -> Any:
-        if output_type == "latent":
-            return latents
-        # The decoder's kernels depend on the batch as the denoiser's do. One at a time is a fixed size too.
-        if fixed_batch is None:
-            images = self.codec.decode(latents)
-        else:
-            decode = self.codec.decode
-            parts = side_by_side(lambda part: decode(part.clone()), latents.split(1), latents.device)
-            images = torch.cat(parts)
-        if not torch.isfinite(images).all():
+    def _conditioning(
+        self, embeddings: Tensor | Conditioning | None, encoder: Mapping[str, Any] | None
+    ) -> Conditioning:
+        """Take embeddings in any of their forms, and refuse those that the model cannot mean."""
+        conditioning = _conditioning_of(embeddings)
+        if encoder is not None:
+            conditioning = replace(conditioning, encoder=encoder)
+        check_encoder(self.facts.get("encoder", {}), conditioning.encoder or {})
+        # Fails here if grid and model do not fit, and not after the first noise is drawn.
+        null = self.transformer.unconditional_embedding
+        conditioning.to(null.device).tokens(null, conditioning.batch_size or 1)
+        conditioning.check_finite()
+        return conditioning
+
+    def _check_control(
+        self,
+        conditioning: Conditioning,
+        pictures: Tensor | None,
+        num_conditions: int,
+        shape: tuple[int, int, int, int],
+    ) -> None:
+        encoded = conditioning.control_latents
+        if pictures is not None and encoded is not None:
+            raise ValueError("control was given twice: as an argument and in the Conditioning")
+        if (pictures is not None or encoded is not None) and self.controlnet is None:
             raise ModelError(
-                "the sampler left the range of numbers: a picture is not finite, and would come out black. "
-                "Lower the guidance, take more steps or another scheduler, or compute in fp32; and check the "
-                "weights."
+                "a control image was given, and the pipeline has no control branch. Load one with it: "
+                "PixCellPipeline.from_pretrained(folder, controlnet=...)."
             )
-        if output_type == "pt":
-            return images
-        if output_type == "np":
-            return images.permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(pixels) for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
+        if pictures is not None and len(pictures) not in (1, num_conditions):
+            raise ModelError(f"{len(pictures)} control images were given for {num_conditions} samples.")
+        if encoded is not None and tuple(encoded.shape[1:]) != shape[1:]:
+            raise ModelError(
+                f"the control latents are {tuple(encoded.shape[1:])}; these pictures need {shape[1:]}."
+            )
+
+    def _latent_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.codec.downsampling
+        return batch_size, self.transformer.config.in_channels, height // factor, width // factor
 
     def _check_target(self) -> None:
         """A scheduler that takes velocity for noise makes pictures all the same, and wrong ones."""
@@ -278,30 +362,22 @@ class PixCellPipeline(DiffusionPipeline):
                 f"for the {given}. Make the scheduler with make_scheduler(name, {self._target!r})."
             )
 
-    def _check_facts(self) -> None:
-        config, facts = self.transformer.config, self.facts
-        wrong = []
-        dim = facts.get("encoder", {}).get("dim")
-        if dim is not None and dim != config.caption_channels:
-            wrong.append(
-                f"its encoder makes embeddings {dim} wide, its transformer takes {config.caption_channels}"
-            )
-        channels = facts.get("codec", {}).get("latent_channels")
-        if channels is not None and channels != config.in_channels:
-            wrong.append(f"its codec makes {channels} channels, its transformer takes {config.in_channels}")
-        field_size = facts.get("field_size")
-        if field_size is not None and field_size * self.transformer.grid_size != self.sample_size:
-            side = self.transformer.grid_size
-            wrong.append(
-                f"{side} x {side} fields of {field_size} px are not a picture of {self.sample_size} px"
-            )
-        mpp = facts.get("mpp")
-        if mpp is not None and not mpp > 0:
-            wrong.append(f"mpp is {mpp}")
+    def _check_controlnet(self) -> None:
+        if self.controlnet is None:
+            return
+        own, branch = self.transformer.config, self.controlnet.config
+        keys = ("in_channels", "patch_size", "caption_channels", "caption_num_tokens", "sample_size")
+        wrong = [
+            f"{key} is {branch[key]} there and {own[key]} here" for key in keys if branch[key] != own[key]
+        ]
+        if self.controlnet.inner_dim != self.transformer.inner_dim:
+            wrong.append(f"it is {self.controlnet.inner_dim} wide and not {self.transformer.inner_dim}")
+        if branch.n_controlnet_blocks > own.num_layers:
+            wrong.append(f"it has {branch.n_controlnet_blocks} blocks, more than {own.num_layers}")
         if wrong:
             raise ModelError(
-                f"the facts of the pipeline ({FACTS_FILE}) contradict its weights: {'; '.join(wrong)}. "
-                "Files of two models were mixed; copy the folder again as a whole."
+                f"the control branch was made for another transformer: {'; '.join(wrong)}. "
+                "Use the one that it was trained with."
             )
 
 
@@ -320,78 +396,14 @@ def _conditioning_of(embeddings: Tensor | Conditioning | None) -> Conditioning:
     return Conditioning(embeddings)
 
 
-def _check_index(folder: Path) -> None:
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise MissingWeights(
-            f"{folder} is not a pipeline: it holds no model_index.json. "
-            "Give the folder pipeline/ of a checkpoint, or any folder that save_pretrained wrote."
-        )
-    index = _read_json(index_file)
-    missing = {"transformer", "vae", "scheduler"} - set(index)
-    if index.get("_class_name") != "PixCellPipeline" or missing:
+def _control_scales(control_scale: float | Tensor, batch_size: int) -> Tensor | None:
+    """Return one scale per picture, or None where it is 1 for all."""
+    scale = torch.as_tensor(control_scale, dtype=torch.float32)
+    if scale.ndim > 1 or (scale.ndim and len(scale) != batch_size):
         raise ModelError(
-            f"{index_file} describes a {index.get('_class_name')}"
-            + (f" without {', '.join(sorted(missing))}" if missing else "")
-            + ", not a PixCellPipeline."
+            f"control_scale of shape {tuple(scale.shape)} was given for {batch_size} pictures; give a "
+            "number, or one per picture."
         )
-
-
-def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> PixCellTransformer2DModel:
-    """Load a transformer folder, in evaluation mode; every tensor must be there, and no other.
-
-    Raises:
-        MissingWeights: If configuration or weights are not there.
-        WrongWeights: If names or shapes do not fit.
-        ModelError: If it is another class of model.
-    """
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise MissingWeights(
-            f"{folder} lacks config.json or safetensors weights; copy the pipeline again as a whole."
-        )
-    config = _read_json(folder / "config.json")
-    if config.get("_class_name") != "PixCellTransformer2DModel":
-        raise ModelError(f"{folder} holds a {config.get('_class_name')}, not a PixCellTransformer2DModel.")
-    try:
-        transformer, report = PixCellTransformer2DModel.from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WrongWeights(
-            f"the transformer in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
-    # diffusers fills what is missing with random numbers, and only warns.
-    wrong = {what: list(names) for what, names in report.items() if names and what != "error_msgs"}
-    if wrong:
-        listed = "; ".join(
-            f"{len(names)} {what.replace('_', ' ')} ({', '.join(map(str, names[:3]))})"
-            for what, names in wrong.items()
-        )
-        raise WrongWeights(f"the weights in {folder} do not fit their configuration: {listed}.")
-    return transformer.eval()
-
-
-def _load_scheduler(folder: Path) -> SchedulerMixin:
-    if not (folder / "scheduler_config.json").is_file():
-        raise MissingWeights(f"{folder} lacks scheduler_config.json; copy the pipeline again as a whole.")
-    name = str(_read_json(folder / "scheduler_config.json").get("_class_name"))
-    kind: Any = getattr(diffusers, name, None)
-    if SchedulerMixin not in getattr(kind, "__mro__", ()):
-        raise ModelError(
-            f"{folder} names the scheduler {name!r}, which diffusers {diffusers.__version__} does not have."
-        )
-    return kind.from_pretrained(str(folder), local_files_only=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); copy the folder again as a whole.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
-    return content
+    if not scale.isfinite().all():
+        raise ModelError(f"control_scale is {control_scale}; 1 is usual, 0 is no control.")
+    return None if scale.ndim == 0 and scale == 1 else scale.expand(batch_size)

@@ -21,15 +21,14 @@ Source: Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusio
 
 from dataclasses import dataclass
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.utils import BaseOutput
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pixcell.errors import ModelError
-from pixcell.models.transformer import PixCellTransformer2DModel
+from pixcell.models.transformer import PixCellTransformer2DModel, PreparedCondition, TimeModulation
 
 __all__ = ["ControlOutput", "PixCellControlNetModel"]
 
@@ -81,6 +80,7 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
         attention_type: str | None = "default",
         caption_num_tokens: int = 1,
         learn_unconditional_embedding: bool = False,
+        unconditional_positions: bool = True,
         n_controlnet_blocks: int = 27,
         control_positions: bool = True,
     ) -> None:
@@ -113,6 +113,7 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
             attention_type=attention_type,
             caption_num_tokens=caption_num_tokens,
             learn_unconditional_embedding=learn_unconditional_embedding,
+            unconditional_positions=unconditional_positions,
         )
         # The constructor above registered the number of blocks that it was given.
         self.register_to_config(num_layers=num_layers)
@@ -168,54 +169,44 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Float[Tensor, "batch channels height width"],
-        timestep: Tensor | float,
-        encoder_hidden_states: Float[Tensor, "_ tokens dim"] | None,
+        timestep: Tensor | float | TimeModulation,
+        encoder_hidden_states: Tensor | PreparedCondition | None,
         control_latents: Float[Tensor, "_ _ _ _"],
         conditioning_scale: float | Float[Tensor, " batch"] = 1.0,
         return_dict: bool = True,
+        dropped: Bool[Tensor, " batch"] | None = None,
     ) -> ControlOutput | tuple[tuple[Tensor, ...]]:
         """Return what the denoiser adds to the outputs of its blocks.
 
         Args:
             hidden_states: Noisy latents, the same that the denoiser gets.
-            timestep: 0 to 999, fractions allowed; one for all, or one per sample.
-            encoder_hidden_states: Embeddings as the encoder gave them, a row per sample. None: no condition.
+            timestep: 0 to 999, fractions allowed; one for all, or one per sample. Or what :meth:`modulation`
+                of this branch made of it.
+            encoder_hidden_states: Embeddings as the encoder gave them, (batch, tokens, dim), or what
+                :meth:`prepare` of this branch made of them. None: no condition.
             control_latents: Normalised latents of the control image, of the size of ``hidden_states``.
             conditioning_scale: Factor on the residuals; one for all, or one per sample.
             return_dict: Return a :class:`ControlOutput` instead of a tuple of one.
+            dropped: Samples to be treated as having no condition besides the control. None: none of them.
 
         Raises:
             ModelError: If a size is not the model's, before anything is computed.
         """
-        batch_size = hidden_states.shape[0]
-        if encoder_hidden_states is None:
-            encoder_hidden_states = self.unconditional_embedding.expand(batch_size, -1, -1)
-        self._check_inputs(hidden_states, encoder_hidden_states, ())
+        conditions, modulation = self._conditions(hidden_states, timestep, encoder_hidden_states, dropped)
         if control_latents.shape != hidden_states.shape:
             raise ModelError(
                 f"the control latents are {tuple(control_latents.shape)}, the latents "
                 f"{tuple(hidden_states.shape)}; both must be equal. Make the control image as large as the "
                 "picture, and encode it with the same autoencoder."
             )
-        dtype = self.pos_embed.proj.weight.dtype
-        condition = encoder_hidden_states.to(dtype)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device)
-
+        dtype = self._dtype
         tokens = self.pos_embed(hidden_states.to(dtype)) + self.cond_pos_embed(control_latents.to(dtype))
-        modulation, _ = self.adaln_single(
-            timestep.reshape(-1).expand(batch_size), batch_size=batch_size, hidden_dtype=dtype
-        )
-        if self.y_pos_embed is not None:
-            condition = condition + self.y_pos_embed.y_pos_embed.to(dtype)
-        condition = self.caption_projection(condition)
         if isinstance(conditioning_scale, Tensor):
             conditioning_scale = conditioning_scale.to(tokens)[:, None, None]
-
         residuals = []
-        for block, head in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, None, condition, None, modulation)
-            else:
-                tokens = block(tokens, encoder_hidden_states=condition, timestep=modulation)
+        for block, head, condition in zip(
+            self.transformer_blocks, self.controlnet_blocks, conditions, strict=True
+        ):
+            tokens = self._run(block, tokens, condition, modulation)
             residuals.append(head(tokens) * conditioning_scale)
         return ControlOutput(tuple(residuals)) if return_dict else (tuple(residuals),)

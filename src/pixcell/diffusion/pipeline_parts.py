@@ -1,0 +1,139 @@
+"""What every pipeline does alike: the noise to begin with, reports on the way, pictures at the end."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from pixcell.errors import ModelError
+from pixcell.models.codec import to_uint8
+from pixcell.models.threads import side_by_side
+
+__all__ = [
+    "FACTS_FILE",
+    "OUTPUT_TYPES",
+    "OnStepEnd",
+    "as_output",
+    "bring",
+    "check_output",
+    "noise_like",
+    "reporting",
+]
+
+FACTS_FILE = "pixcell.json"
+"""What the numbers of a saved pipeline mean."""
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+"""Gets the pipeline, step number, timestep and ``{"latents": ...}``; may return other latents likewise."""
+
+
+def check_output(output_type: str, callback_inputs: Sequence[str]) -> None:
+    """Refuse an output type, or tensors for a callback, that there are not.
+
+    Raises:
+        ValueError: Names those that there are.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+    unknown = set(callback_inputs) - {"latents"}
+    if unknown:
+        raise ValueError(f"a callback can get latents, not {', '.join(sorted(unknown))}")
+
+
+def noise_like(
+    shape: tuple[int, int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: Tensor | None,
+    device: torch.device,
+) -> Float[Tensor, "batch channels height width"]:
+    """Return the noise to begin with, float32: that given, or a fresh draw.
+
+    Args:
+        shape: What the pictures need.
+        generator: One for the batch, or one per sample.
+        latents: Standard normal noise to start from, instead of drawing it.
+        device: Where to compute.
+
+    Raises:
+        ModelError: If the latents given, or the generators, are not as many as the samples.
+    """
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ModelError(
+            f"{len(generator)} generators were given for {shape[0]} pictures; give one, or one each."
+        )
+    if latents is None:
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if tuple(latents.shape) != shape:
+        raise ModelError(f"the latents given are {tuple(latents.shape)}; these pictures need {shape}.")
+    return latents.to(device, torch.float32)
+
+
+def reporting(
+    pipeline: Any, bar: Any, callback: OnStepEnd | None, callback_inputs: Sequence[str]
+) -> Callable[[int, Tensor, Tensor], Tensor | None]:
+    """Return what is called after each step: it moves the progress bar and asks the user's callback."""
+
+    def on_step(number: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+        bar.update()
+        if callback is None:
+            return None
+        tensors = {"latents": latents} if "latents" in callback_inputs else {}
+        changed = callback(pipeline, number, timestep, tensors) or {}
+        return changed.get("latents")
+
+    return on_step
+
+
+def as_output(
+    pipeline: Any,
+    latents: Float[Tensor, "batch channels height width"],
+    output_type: str,
+    *,
+    one_by_one: bool,
+) -> Any:
+    """Decode, and hand out in the form asked for.
+
+    Args:
+        pipeline: Its ``codec`` decodes.
+        latents: Clean ones, normalised.
+        output_type: One of :data:`OUTPUT_TYPES`.
+        one_by_one: Decode each by itself, so that a picture does not depend on its batch.
+
+    Raises:
+        ModelError: If a picture is not finite.
+    """
+    if output_type == "latent":
+        return latents
+    decode = pipeline.codec.decode
+    # The decoder's kernels depend on the batch as the denoiser's do. One at a time is a fixed size too.
+    if one_by_one:
+        images = torch.cat(side_by_side(lambda part: decode(part.clone()), latents.split(1), latents.device))
+    else:
+        images = decode(latents)
+    if not torch.isfinite(images).all():
+        raise ModelError(
+            "the sampler left the range of numbers: a picture is not finite, and would come out black. "
+            "Lower the guidance, take more steps or another scheduler, or compute in fp32; and check the "
+            "weights."
+        )
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(pixels) for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def bring(module: nn.Module) -> None:
+    """Move a module to where it computes, if it is kept elsewhere until it is called (CPU offload).
+
+    Only calls of ``forward`` bring it by themselves; encoding and decoding are other methods.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
