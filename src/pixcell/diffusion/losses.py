@@ -1,117 +1,34 @@
-"""The training loss: predicted noise, and a learned variance between its two bounds.
+"""The training loss: what a model predicts, and a learned variance between its two bounds.
 
     loss = mean((target - prediction)^2) + bound
 
-The target is the noise, as published, or the velocity, ``sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0``.
-At the noisiest steps an error in the noise is one in the clean latents 150 times as large; an error in the
-velocity stays as it is, which models that are trained briefly need.
+The target is the noise, as published, or the velocity, or the flow on a straight line from latents to noise
+(:data:`Target`). At the noisiest steps an error in the noise is one in the clean latents 150 times as large;
+an error in the velocity or the flow stays as it is, which models that are trained briefly need.
 
 ``bound`` is the variational bound of one step in bits per dimension. It sees a detached prediction, so
-it trains the variance channels only. Both are plain means over a sample, without weights.
+it trains the variance channels only. Both are plain means over a sample, without weights. The flow has no
+such bound: its line leaves no variance to learn.
 
-Schedule: 1000 steps, betas linear from 1e-4 to 2e-2. Everything here is float32 (tables float64) whatever the
-autocast: squared differences of half-precision numbers lose what the last steps of training are about.
+Everything here is float32 (tables float64) whatever the autocast: squared differences of half-precision
+numbers lose what the last steps of training are about.
 
 Source: Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", eq. 3-5, 14, 15
 (https://arxiv.org/abs/2102.09672); velocity: Salimans & Ho 2022 (https://arxiv.org/abs/2202.00512), app. D;
-min-SNR: Hang et al. 2023 (https://arxiv.org/abs/2303.09556), eq. 4 and section 3.3.
+flow: Lipman et al. 2022 (https://arxiv.org/abs/2210.02747); min-SNR: Hang et al. 2023
+(https://arxiv.org/abs/2303.09556), eq. 4 and section 3.3.
 """
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["LossTerms", "NoiseSchedule", "Target", "denoising_loss"]
+from pixcell.diffusion.noise_schedules import FlowSchedule, NoiseSchedule, Target
 
-Target = Literal["noise", "velocity"]
-"""What a denoiser predicts."""
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """How much noise each timestep holds.
-
-    ``alpha_bar[t]`` is the share of signal variance left at timestep ``t``; 0 is nearly clean.
-    """
-
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-
-    @functools.cached_property
-    def betas(self) -> Float[Tensor, " timesteps"]:
-        """Noise variance added per step, float64."""
-        return torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
-
-    @functools.cached_property
-    def alpha_bar(self) -> Float[Tensor, " timesteps"]:
-        """Cumulative product of ``1 - beta``, float64."""
-        return (1 - self.betas).cumprod(0)
-
-    @functools.cached_property
-    def alpha_bar_before(self) -> Float[Tensor, " timesteps"]:
-        """``alpha_bar`` one step earlier; 1 before the first."""
-        return torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar[:-1]])
-
-    @functools.cached_property
-    def posterior_variance(self) -> Float[Tensor, " timesteps"]:
-        """Variance of ``q(x_{t-1} | x_t, x_0)`` (eq. 10, there called beta tilde)."""
-        return self.betas * (1 - self.alpha_bar_before) / (1 - self.alpha_bar)
-
-    @functools.cached_property
-    def posterior_log_variance(self) -> Float[Tensor, " timesteps"]:
-        """Its logarithm; the first entry, which would be log 0, repeats the second."""
-        return torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
-
-    @functools.cached_property
-    def posterior_mean_of_clean(self) -> Float[Tensor, " timesteps"]:
-        """Weight of the clean latents in the posterior mean (eq. 11)."""
-        return self.betas * self.alpha_bar_before.sqrt() / (1 - self.alpha_bar)
-
-    @functools.cached_property
-    def posterior_mean_of_noisy(self) -> Float[Tensor, " timesteps"]:
-        """Weight of the noisy latents in the posterior mean (eq. 11)."""
-        return (1 - self.alpha_bar_before) * (1 - self.betas).sqrt() / (1 - self.alpha_bar)
-
-    @functools.cached_property
-    def snr(self) -> Float[Tensor, " timesteps"]:
-        """Signal variance over noise variance."""
-        return self.alpha_bar / (1 - self.alpha_bar)
-
-    def add_noise(
-        self,
-        latents: Float[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-        timesteps: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Return noisy latents (eq. 8), float32."""
-        signal = _at(self.alpha_bar.sqrt(), timesteps)
-        return signal * latents.float() + _at((1 - self.alpha_bar).sqrt(), timesteps) * noise.float()
-
-    def velocity(
-        self,
-        latents: Float[Tensor, "batch channels height width"],
-        noise: Float[Tensor, "batch channels height width"],
-        timesteps: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Return where noisy latents are heading as noise grows (Salimans & Ho, appendix D), float32."""
-        signal = _at(self.alpha_bar.sqrt(), timesteps)
-        return signal * noise.float() - _at((1 - self.alpha_bar).sqrt(), timesteps) * latents.float()
-
-    def noise_in(
-        self,
-        noisy: Float[Tensor, "batch channels height width"],
-        velocity: Float[Tensor, "batch channels height width"],
-        timesteps: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Return the noise that noisy latents of this velocity hold, float32."""
-        signal = _at(self.alpha_bar.sqrt(), timesteps)
-        return signal * velocity.float() + _at((1 - self.alpha_bar).sqrt(), timesteps) * noisy.float()
+__all__ = ["FlowSchedule", "LossTerms", "NoiseSchedule", "Target", "denoising_loss"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +37,7 @@ class LossTerms:
 
     loss: Float[Tensor, " batch"]
     mse: Float[Tensor, " batch"]
-    """Unweighted squared error of the noise, or of the velocity where that is the target."""
+    """Unweighted squared error of the target."""
     bound: Float[Tensor, " batch"] | None
     """Variational bound in bits per dimension; None without learned variance."""
 
@@ -130,9 +47,10 @@ def denoising_loss(
     latents: Float[Tensor, "batch channels height width"],
     noise: Float[Tensor, "batch channels height width"],
     timesteps: Int[Tensor, " batch"],
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | FlowSchedule,
     min_snr_gamma: float | None = None,
     target: Target = "noise",
+    clean_below: int | None = None,
 ) -> LossTerms:
     """Compare a model's output at ``schedule.add_noise(latents, noise, timesteps)`` with the truth.
 
@@ -140,35 +58,88 @@ def denoising_loss(
         prediction: The model's output: the target, and variance logits behind it if they are learned.
         latents: Clean ones, normalised.
         noise: What was added.
-        timesteps: 0 to ``num_timesteps - 1``.
-        schedule: The one the noise was added by.
-        min_snr_gamma: Weigh the squared error by ``min(snr, gamma) / snr``, so that nearly clean steps do not
-            dominate (5 in the paper); for velocity by ``min(snr, gamma) / (snr + 1)``. None: no weights.
+        timesteps: Of ``schedule.timesteps``.
+        schedule: The one the noise was added by; for the flow a :class:`FlowSchedule`.
+        min_snr_gamma: Weigh the squared error so that every target's counts as ``min(snr, gamma)`` times that
+            of the clean latents, and nearly clean steps do not dominate (5 in the paper). None: no weights.
         target: What the model predicts.
+        clean_below: With the noise as target: at timesteps below this one the model predicts the clean
+            latents instead. The reference has it as an option, at 250, and leaves it off; its samplers, like
+            all here, take every output for noise.
 
     Raises:
-        ValueError: If the prediction has neither once nor twice the channels of the latents.
+        ValueError: If the prediction has neither once nor twice the channels of the latents, or target and
+            schedule do not fit.
     """
     channels = latents.shape[1]
-    if prediction.shape[1] not in (channels, 2 * channels):
-        raise ValueError(
-            f"{prediction.shape[1]} output channels fit {channels} latent channels neither once nor twice"
-        )
+    _check(prediction.shape[1], channels, schedule, target, clean_below)
     with torch.autocast(latents.device.type, enabled=False):
         latents, noise, prediction = latents.float(), noise.float(), prediction.float()
         predicted, logits = prediction[:, :channels], prediction[:, channels:]
-        truth = noise if target == "noise" else schedule.velocity(latents, noise, timesteps)
+        truth = _truth(latents, noise, timesteps, schedule, target, clean_below)
         mse = (truth - predicted).square().flatten(1).mean(1)
         weight = torch.ones_like(mse)
         if min_snr_gamma is not None:
-            snr = schedule.snr.to(timesteps.device)[timesteps].float()
-            weight = snr.clamp(max=min_snr_gamma) / (snr if target == "noise" else snr + 1)
+            snr = schedule.snr_at(timesteps)
+            in_clean = _error_in_clean(snr, target)
+            if clean_below is not None:
+                in_clean = torch.where(timesteps < clean_below, torch.ones_like(snr), in_clean)
+            weight = snr.clamp(max=min_snr_gamma) * in_clean
         if not logits.shape[1]:
             return LossTerms(weight * mse, mse, None)
+        assert isinstance(schedule, NoiseSchedule)  # _check has seen to it
         noisy = schedule.add_noise(latents, noise, timesteps)
-        noise_prediction = predicted if target == "noise" else schedule.noise_in(noisy, predicted, timesteps)
-        bound = _bound(noise_prediction.detach(), logits, latents, noisy, timesteps, schedule)
+        as_noise = predicted if target == "noise" else schedule.noise_in(noisy, predicted, timesteps)
+        if clean_below is not None:
+            beside = schedule.noise_beside(noisy, predicted, timesteps)
+            as_noise = torch.where((timesteps < clean_below)[:, None, None, None], beside, as_noise)
+        bound = _bound(as_noise.detach(), logits, latents, noisy, timesteps, schedule)
         return LossTerms(weight * mse + bound, mse, bound)
+
+
+def _check(
+    out_channels: int,
+    channels: int,
+    schedule: NoiseSchedule | FlowSchedule,
+    target: Target,
+    clean_below: int | None,
+) -> None:
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"{out_channels} output channels fit {channels} latent channels neither once nor twice"
+        )
+    if (target == "flow") != isinstance(schedule, FlowSchedule):
+        raise ValueError(f"target {target!r} does not go with a {type(schedule).__name__}; see schedule_for")
+    if target == "flow" and out_channels != channels:
+        raise ValueError("the flow has no variance to learn: give the model as many channels as the latents")
+    if clean_below is not None and target != "noise":
+        raise ValueError(f"clean_below goes with target 'noise', not {target!r}")
+
+
+def _truth(
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    schedule: NoiseSchedule | FlowSchedule,
+    target: Target,
+    clean_below: int | None,
+) -> Tensor:
+    if isinstance(schedule, FlowSchedule):
+        return schedule.velocity(latents, noise)
+    if target == "velocity":
+        return schedule.velocity(latents, noise, timesteps)
+    if clean_below is None:
+        return noise
+    return torch.where((timesteps < clean_below)[:, None, None, None], latents, noise)
+
+
+def _error_in_clean(snr: Float[Tensor, " batch"], target: Target) -> Float[Tensor, " batch"]:
+    """How large a squared error of the target is in the clean latents that follow from it."""
+    if target == "velocity":
+        return 1 / (snr + 1)  # latents = sqrt(alpha_bar) noisy - sqrt(1 - alpha_bar) velocity
+    if target == "flow":
+        return 1 / (snr.sqrt() + 1).square()  # latents = noisy - sigma flow
+    return 1 / snr  # latents = (noisy - sqrt(1 - alpha_bar) noise) / sqrt(alpha_bar)
 
 
 def _bound(

@@ -12,27 +12,28 @@ GPU model or library version rounds differently, and pictures then differ a litt
 """
 
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
 from pixcell.diffusion.conditioning import Conditioning, Denoiser
-from pixcell.diffusion.losses import Target
+from pixcell.diffusion.denoisers import denoiser_of
+from pixcell.diffusion.schedulers import (
+    SCHEDULERS,
+    check_steps,
+    lay_out,
+    make_scheduler,
+    scheduler_settings,
+    takes_variance,
+    target_of,
+)
 from pixcell.errors import ModelError
 from pixcell.models.threads import side_by_side
-from pixcell.models.transformer import PixCellTransformer2DModel
 
 __all__ = [
     "SCHEDULERS",
@@ -44,91 +45,11 @@ __all__ = [
     "noise_for",
     "sample_latents",
     "scheduler_settings",
+    "takes_variance",
     "target_of",
 ]
 
-_TRAINED = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-
-SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
-    # The published pipelines' one: second order, first at both ends, the last step to the clean latents.
-    "dpm-solver++": (
-        DPMSolverMultistepScheduler,
-        {
-            **_TRAINED,
-            "algorithm_type": "dpmsolver++",
-            "solver_order": 2,
-            "solver_type": "midpoint",
-            "lower_order_final": True,
-            "final_sigmas_type": "zero",
-            "timestep_spacing": "linspace",
-        },
-    ),
-    # The same with fresh noise each step, which mends earlier errors: for models trained briefly. Their
-    # first steps overshoot; deterministic solvers keep such an error as a patch of glaring colour.
-    "sde-dpm-solver++": (
-        DPMSolverMultistepScheduler,
-        {
-            **_TRAINED,
-            "algorithm_type": "sde-dpmsolver++",
-            "solver_order": 2,
-            "solver_type": "midpoint",
-            "lower_order_final": True,
-            "final_sigmas_type": "zero",
-            "timestep_spacing": "linspace",
-        },
-    ),
-    "unipc": (
-        UniPCMultistepScheduler,
-        {**_TRAINED, "final_sigmas_type": "zero", "timestep_spacing": "linspace"},
-    ),
-    # "trailing" begins at pure noise, and its steps are as long as these two schedulers take them to be.
-    # Clipping is for pixels in [-1, 1]; latents reach further.
-    "ddim": (DDIMScheduler, {**_TRAINED, "clip_sample": False, "timestep_spacing": "trailing"}),
-    "ddpm": (DDPMScheduler, {**_TRAINED, "clip_sample": False, "timestep_spacing": "trailing"}),
-}
-"""Schedulers by name, for the noise schedule that models here are trained with."""
-
-_PREDICTION_TYPES: dict[Target, str] = {"noise": "epsilon", "velocity": "v_prediction"}
-
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
-
-
-def make_scheduler(name: str = "dpm-solver++", target: Target = "noise") -> SchedulerMixin:
-    """Return a fresh scheduler for a model that predicts ``target``.
-
-    Raises:
-        ModelError: If there is none of that name.
-    """
-    if name not in SCHEDULERS:
-        raise ModelError(f"no scheduler {name!r}. Choose one of {', '.join(sorted(SCHEDULERS))}.")
-    kind, settings = SCHEDULERS[name]
-    return kind(**settings, prediction_type=_PREDICTION_TYPES[target])
-
-
-def target_of(scheduler: SchedulerMixin) -> Target:
-    """Return what a scheduler takes the model's output to be.
-
-    Raises:
-        ModelError: If it is something that models here do not predict.
-    """
-    for target, prediction_type in _PREDICTION_TYPES.items():
-        if scheduler.config.get("prediction_type", "epsilon") == prediction_type:
-            return target
-    raise ModelError(
-        f"the scheduler takes the model's output for {scheduler.config['prediction_type']!r}; "
-        f"models here predict {' or '.join(_PREDICTION_TYPES)}."
-    )
-
-
-def scheduler_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Return where a scheduler differs from its class's defaults, as JSON values.
-
-    The class alone does not say what it does: some hold deterministic and stochastic solvers.
-    """
-    given = inspect.signature(type(scheduler)).parameters
-    config = {key: value for key, value in scheduler.config.items() if key in given}
-    settings = {key: value for key, value in config.items() if value != given[key].default}
-    return dict(json.loads(json.dumps(settings, default=str)))
 
 
 def generator_for(seed: int, index: int) -> torch.Generator:
@@ -153,18 +74,6 @@ def noise_for(seed: int, index: int, shape: Sequence[int]) -> Float[Tensor, "...
         True
     """
     return torch.randn(tuple(shape), generator=generator_for(seed, index))
-
-
-def denoiser_of(transformer: PixCellTransformer2DModel) -> Denoiser:
-    """Return a transformer as a denoiser: conditions become tokens, variance channels are left out."""
-
-    def denoise(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        dtype, device = transformer.dtype, latents.device
-        tokens = conditioning.to(device).tokens(transformer.unconditional_embedding, latents.shape[0])
-        output = transformer(latents.to(dtype), timestep, tokens.to(dtype), return_dict=False)[0]
-        return output[:, : latents.shape[1]].to(latents.dtype)
-
-    return denoise
 
 
 def in_fixed_batches(denoiser: Denoiser, size: int) -> Denoiser:
@@ -196,6 +105,7 @@ def sample_latents(
     num_inference_steps: int,
     generator: torch.Generator | list[torch.Generator] | None = None,
     on_step: OnStep | None = None,
+    eta: float | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
     """Run a scheduler from noise to latents, in float32.
 
@@ -207,20 +117,28 @@ def sample_latents(
         num_inference_steps: Number of calls of the denoiser.
         generator: For schedulers that draw noise as they go; one per sample makes samples independent.
         on_step: Called after each step with its number, timestep and latents; may return other latents.
+        eta: For DDIM: how much of a step's variance is fresh noise, 0 to 1. None: as the scheduler is set.
 
     Raises:
-        ModelError: If the number of steps is not possible, or embeddings hold NaN: before any compute.
+        ModelError: Before any compute, if the number of steps is not possible, the scheduler knows no eta, or
+            embeddings hold NaN. After the first call, if the scheduler needs the learned variance and the
+            denoiser gives none.
     """
     check_steps(num_inference_steps, scheduler)
     conditioning.check_finite()
     conditioning = conditioning.to(noise.device)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if takes_generator else {}
+    lay_out(scheduler, num_inference_steps, noise.device)
+    extra = _step_arguments(scheduler, generator, eta)
     latents = noise.float() * scheduler.init_noise_sigma
     for number, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         prediction = denoiser(scaled, timestep, conditioning)
+        if takes_variance(scheduler) and prediction.shape[1] != 2 * latents.shape[1]:
+            raise ModelError(
+                f"the scheduler needs the variance that the model learned; the denoiser gives "
+                f"{prediction.shape[1]} channels for {latents.shape[1]}. Take a model with learned variance "
+                "and denoiser_of(model, with_variance=True), or the scheduler 'ddpm'."
+            )
         latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
         if on_step is not None:
             replaced = on_step(number, timestep, latents)
@@ -228,14 +146,17 @@ def sample_latents(
     return latents
 
 
-def check_steps(num_inference_steps: int, scheduler: SchedulerMixin) -> None:
-    """Refuse a number of steps that the scheduler cannot take.
-
-    Raises:
-        ModelError: Names the range.
-    """
-    most = scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= most:
+def _step_arguments(
+    scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
+) -> dict[str, Any]:
+    known = inspect.signature(scheduler.step).parameters
+    arguments: dict[str, Any] = {"generator": generator} if "generator" in known else {}
+    if eta is None:
+        return arguments
+    if "eta" not in known:
         raise ModelError(
-            f"{num_inference_steps} sampling steps are not possible; choose 1 to {most} (20 is usual)."
+            f"eta is for DDIM; {type(scheduler).__name__} has none. Leave it out, or choose 'ddim'."
         )
+    if not 0 <= eta <= 1:
+        raise ModelError(f"eta is {eta}; 0 adds no fresh noise, 1 as much as ancestral sampling.")
+    return {**arguments, "eta": eta}

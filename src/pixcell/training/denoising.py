@@ -1,4 +1,4 @@
-"""Train the denoiser on cached latents: predict the noise (or velocity), and learn the variance.
+"""Train the denoiser on cached latents: predict the noise (or velocity, or flow), and learn the variance.
 
 A sample is a field's posterior as stored. Each time it is seen, a fresh draw is made from it, normalised, and
 mixed with noise at a uniformly drawn timestep; with probability ``drop_conditioning`` its embeddings are
@@ -12,20 +12,21 @@ loss itself is in :mod:`pixcell.diffusion.losses`.
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pixcell.config import Config
 from pixcell.data.datasets import FieldDataset
 from pixcell.diffusion.conditioning import Conditioning
-from pixcell.diffusion.losses import NoiseSchedule, Target, denoising_loss
+from pixcell.diffusion.losses import denoising_loss
+from pixcell.diffusion.noise_schedules import Target, schedule_for
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.diffusion.sampling import generator_for, make_scheduler
-from pixcell.errors import StoreMismatch
+from pixcell.errors import ModelError, StoreMismatch
 from pixcell.models.codec import LatentCodec
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.provenance import environment
@@ -50,14 +51,28 @@ class DenoisingConfig(Config):
     learn_variance: bool = True
     """Predict where the variance of a step lies between its bounds, in a second half of the channels."""
     target: Target = "noise"
-    """What is predicted: the noise, as published, or the velocity, which suits short trainings."""
+    """What is predicted: the noise, as published; the velocity, which suits short trainings; or the flow on a
+    straight line from latents to noise, which has no variance to learn."""
     min_snr_gamma: float | None = Field(None, gt=0)
-    """Weigh the squared error by min(SNR, gamma) / SNR (5 in the paper). None: plain mean, as published."""
+    """Weigh errors as min(SNR, gamma) times those of the clean latents (5 in the paper). None: plain mean, as
+    published."""
     scheduler: str = "dpm-solver++"
     """Saved with the model, and used for previews; see ``diffusion.sampling.SCHEDULERS``. Moves no weight."""
     preview_steps: int = Field(20, gt=0)
     preview_guidance: float = Field(2.0, ge=0)
     """Of the previews; saved with the model as what `pixcell sample` takes if told nothing else."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.target == "flow" and self.learn_variance:
+            raise ValueError("target flow has no variance to learn; set learn_variance to false")
+        if self.scheduler == "ddpm-learned" and not self.learn_variance:
+            raise ValueError("scheduler ddpm-learned needs learn_variance; ddpm does without")
+        try:
+            make_scheduler(self.scheduler, self.target)
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class NoisyFields:
@@ -69,10 +84,10 @@ class NoisyFields:
         shift: Tensor,
         scale: Tensor,
         config: DenoisingConfig,
-        num_timesteps: int,
+        timesteps: range,
         held_out: Sequence[int],
     ) -> None:
-        self.fields, self.config, self.num_timesteps = fields, config, num_timesteps
+        self.fields, self.config, self.timesteps = fields, config, timesteps
         self._shift, self._scale = shift.cpu().reshape(-1, 1, 1), scale.cpu().reshape(-1, 1, 1)
         self._kept, self._count = Without(held_out), len(fields) - len(held_out)
 
@@ -92,7 +107,7 @@ class NoisyFields:
         return {
             "latents": (raw - self._shift) * self._scale,
             "noise": chance[1],
-            "timestep": int(rng.integers(self.num_timesteps)),
+            "timestep": self.timesteps[int(rng.integers(len(self.timesteps)))],
             "dropped": bool(rng.random() < self.config.drop_conditioning),
             "embedding_grid": item["embedding_grid"].float(),
             "key": item["key"],
@@ -128,9 +143,9 @@ class Denoising:
                 f"{maker['name']!r} ({maker['sha256'][:12]}) did. Name that one, or encode again."
             )
         self.trainable, self.codec, self.config = model, codec, config
-        self.schedule = NoiseSchedule()
+        self.schedule = schedule_for(config.target)
         self.samples = NoisyFields(
-            fields, codec.shift, codec.scale, config, self.schedule.num_timesteps, held_out
+            fields, codec.shift, codec.scale, config, self.schedule.timesteps, held_out
         )
         self._held_out = list(held_out)
         self._pictures = [
@@ -156,7 +171,9 @@ class Denoising:
         conditioning = Conditioning(batch["embedding_grid"]).drop(batch["dropped"])
         noisy = self.schedule.add_noise(batch["latents"], batch["noise"], batch["timestep"])
         tokens = conditioning.tokens(self.trainable.unconditional_embedding, len(noisy))
-        prediction = self.trainable(noisy, batch["timestep"], tokens, return_dict=False)[0]
+        prediction = self.trainable(
+            noisy, batch["timestep"], tokens, return_dict=False, dropped=conditioning.dropped
+        )[0]
         terms = denoising_loss(
             prediction,
             batch["latents"],
