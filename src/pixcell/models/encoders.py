@@ -26,9 +26,18 @@ from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.models.codec import to_unit
 from pixcell.models.encoder_specs import ENCODERS, EncoderSpec, encoder_specs, encoder_table
 from pixcell.models.stain_texture import StainTexture
-from pixcell.models.weights import fetch, fit_weights, read_weights, weights_sha256
+from pixcell.models.weight_files import StoredWeights, open_weights
+from pixcell.models.weights import empty_parameters, fetch, load_stored, weights_sha256
 
-__all__ = ["ENCODERS", "Encoder", "EncoderSpec", "encoder_specs", "encoder_table", "load_encoder"]
+__all__ = [
+    "ENCODERS",
+    "Encoder",
+    "EncoderSpec",
+    "encoder_specs",
+    "encoder_table",
+    "load_encoder",
+    "timm_module",
+]
 
 
 class Encoder:
@@ -206,7 +215,7 @@ def load_encoder(
             raise ModelError(f"{spec.name} is a formula and has no weights; leave --encoder-weights out.")
         return Encoder(spec, StainTexture(), device=device, dtype=dtype)
     if spec.library == "timm":
-        module = _timm_module(spec, _weight_file(spec, weights, download))
+        module = timm_module(spec, open_weights(_weight_file(spec, weights, download), which="raw"))
     else:
         module = _transformers_module(spec, _weight_folder(spec, weights, download))
     return Encoder(spec, module, device=device, dtype=dtype)
@@ -248,18 +257,34 @@ def _advice() -> str:
 # ── timm ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _timm_module(spec: EncoderSpec, path: Path) -> nn.Module:
-    module = _build_timm(spec.architecture, spec.arguments)
-    state = {
-        name.removeprefix(spec.prefix): value
-        for name, value in read_weights(path).items()
-        if name.startswith(spec.prefix) and not name.startswith(spec.drop)
-    }
-    if not state:
+def timm_module(
+    spec: EncoderSpec, stored: StoredWeights, dtype: torch.dtype | None = torch.float32
+) -> nn.Module:
+    """Build the network of a spec by timm, and give it the stored weights.
+
+    Args:
+        spec: Names architecture and arguments, and which tensors belong to the encoder.
+        stored: Opened weights.
+        dtype: Their number format; None: as stored.
+
+    Raises:
+        WrongWeights: If names or shapes differ from the architecture's.
+        ModelError: If timm cannot build it.
+    """
+    own = stored.converted(
+        lambda state: {
+            name.removeprefix(spec.prefix): value
+            for name, value in state.items()
+            if name.startswith(spec.prefix) and not name.startswith(spec.drop)
+        }
+    )
+    if not own.shapes:
         raise WrongWeights(
-            f"{path} holds no tensor whose name begins with {spec.prefix!r}; {spec.name} needs them."
+            f"{stored.source} holds no tensor whose name begins with {spec.prefix!r}; {spec.name} needs them."
         )
-    fit_weights(module, state, str(path))
+    with empty_parameters():
+        module = _build_timm(spec.architecture, spec.arguments)
+    load_stored(module, own, dtype)
     return module
 
 

@@ -3,32 +3,43 @@
 Three promises hold for every model of the package. Nothing is downloaded unless the caller says so. A
 weight file is data: safetensors, or a pickle of plain tensors read with ``weights_only=True``. A file fits
 when names and shapes agree in both directions; what is missing or left over is an error, not a warning.
+
+A large model is built empty and filled tensor by tensor, so that loading it takes little more memory than it
+occupies:
+
+    with empty_parameters():
+        model = PixCellTransformer2DModel(**config)
+    load_stored(model, open_weights(folder))
 """
 
+import contextlib
 import hashlib
-import pickle
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
+from pixcell.models.weight_files import StoredWeights, open_weights
 
 __all__ = [
     "Precision",
     "choose_device",
     "dtype_of",
+    "empty_parameters",
     "fetch",
     "fit_weights",
+    "load_stored",
     "read_weights",
     "weights_sha256",
 ]
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_LISTED = 12
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,54 +98,88 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         MissingWeights: If there is no such file.
         WrongWeights: If the file is damaged, holds no tensors, or would have to run code to be read.
     """
-    if not path.is_file():
-        raise MissingWeights(f"there is no weight file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        # mmap would keep the file open and, for a file on a slow disk, read it in small pieces.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WrongWeights(
-            f"{path} cannot be read as weights ({' '.join(str(error).split())[:200]}). "
-            "Give a .safetensors file, or a .bin/.pth that holds a plain dictionary of tensors."
-        ) from error
-    # Training frameworks wrap the dictionary once.
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WrongWeights(f"{path} does not hold a dictionary of named tensors.")
-    return {str(name): value for name, value in state.items()}
+    return dict(open_weights(path, which="raw").tensors())
 
 
 def fit_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load ``state`` into ``module`` if every name and every shape agrees, both ways.
+    """Copy ``state`` into ``module`` if every name and every shape agrees, both ways.
 
     Raises:
-        WrongWeights: Names the first missing, unexpected and misshapen tensors, and how many there are.
+        WrongWeights: Names the missing, unexpected and misshapen tensors, and how many there are.
     """
-    own = module.state_dict()
+    _check_fit(module, {name: tuple(value.shape) for name, value in state.items()}, source)
+    module.load_state_dict(dict(state))
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Build modules inside whose parameters take no memory; :func:`load_stored` gives them their values.
+
+    Buffers are computed as always: position tables are not in the weights.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        yield
+
+
+def load_stored(module: nn.Module, stored: StoredWeights, dtype: torch.dtype | None = torch.float32) -> None:
+    """Give a module the tensors of a file if every name and every shape agrees, both ways.
+
+    Names and shapes are compared before a value is read. The module takes the tensors over, so that there is
+    one copy of them; its own, if it was not built empty, are let go.
+
+    Args:
+        module: Built with :func:`empty_parameters`, or not.
+        stored: From :func:`~pixcell.models.weight_files.open_weights`.
+        dtype: Format of floating point tensors; None: as stored.
+
+    Raises:
+        WrongWeights: Names the missing, unexpected and misshapen tensors, or those that hold no numbers.
+    """
+    _check_fit(module, stored.shapes, stored.source)
+    state = {}
+    for name, tensor in stored.tensors(dtype):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WrongWeights(
+                f"{stored.source}: {name} holds NaN or infinity"
+                + (f" as {dtype}" if dtype not in (None, stored.dtypes[name]) else "")
+                + ". The file is damaged, or its training failed; get it again from its source."
+            )
+        state[name] = tensor
+    module.load_state_dict(state, assign=True)
+
+
+def _check_fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     problems = [
-        *_listed("missing", [name for name in own if name not in state]),
-        *_listed("unexpected", [name for name in state if name not in own]),
+        *_listed("missing", [name for name in own if name not in shapes]),
+        *_listed("unexpected", [name for name in shapes if name not in own]),
         *_listed(
             "of another shape",
             [
-                f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+                f"{name} {shapes[name]} instead of {own[name]}"
                 for name in own
-                if name in state and state[name].shape != own[name].shape
+                if name in shapes and shapes[name] != own[name]
             ],
         ),
     ]
     if problems:
         raise WrongWeights(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}.")
-    module.load_state_dict(dict(state))
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{len(names)} tensors {what} ({', '.join(names[:3])}{more})"] if names else []
+    """Name all tensors; those that differ only in the number of their block together."""
+    if not names:
+        return []
+    block = re.compile(r"(?<=\.)\d+(?=\.)")
+    alike = Counter(block.sub("*", name) for name in names)
+    single = {block.sub("*", name): name for name in names}
+    texts = [
+        f"{pattern}, {count} times" if count > 1 else single[pattern] for pattern, count in alike.items()
+    ]
+    more = f"; and {len(texts) - _LISTED} more kinds" if len(texts) > _LISTED else ""
+    return [f"{len(names)} tensors {what} ({'; '.join(texts[:_LISTED])}{more})"]
 
 
 def fetch(
