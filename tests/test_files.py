@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from pixcell.errors import OutputError
-from pixcell.files import remove_leftovers, sha256_of, write_json, write_text, write_whole
+from pixcell.files import (
+    remove_leftovers,
+    sha256_of,
+    write_json,
+    write_text,
+    write_whole,
+    write_whole_folder,
+)
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -96,3 +103,58 @@ def test_json_has_no_nan(tmp_path):
 def test_the_hash_is_that_of_the_standard_tools(tmp_path):
     write_text(tmp_path / "empty", "")
     assert sha256_of(tmp_path / "empty").startswith("e3b0c44298fc1c149afbf4c8996fb924")
+
+
+# ── whole folders ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_appears_with_all_its_files_or_not_at_all(tmp_path):
+    place = tmp_path / "new" / "folder"
+
+    def write(fail):
+        with write_whole_folder(place) as temporary:
+            (temporary / "inside").mkdir()
+            write_text(temporary / "inside" / "a.txt", "a")
+            assert not place.exists()
+            if fail:
+                raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write(fail=True)
+    assert not list(place.parent.iterdir())
+    write(fail=False)
+    assert [path.name for path in place.parent.iterdir()] == ["folder"]
+    assert (place / "inside" / "a.txt").read_text() == "a"
+
+
+def test_a_folder_that_exists_is_not_written_over(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OutputError, match="is there already"), write_whole_folder(tmp_path / "taken"):
+        pytest.fail("the block ran")
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed_but_not_what_a_living_one_writes(tmp_path):
+    place = tmp_path / "folder"
+    code = (
+        "from pathlib import Path; import time\n"
+        "from pixcell.files import write_whole_folder\n"
+        f"with write_whole_folder(Path({str(place)!r})) as t:\n"
+        "    (t / 'half').write_text('half'); print('writing', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        with pytest.raises(RuntimeError), write_whole_folder(place):
+            raise RuntimeError
+        assert len(list(tmp_path.iterdir())) == 1, "the folder of a process that lives is left alone"
+        process.send_signal(signal.SIGKILL)
+    assert not place.exists()
+    with write_whole_folder(place) as temporary:
+        (temporary / "whole").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_full_disk_is_a_clear_error_for_a_folder_too(tmp_path):
+    """Writers of weights say it in errors of their own."""
+    with pytest.raises(OutputError, match="disk is full"), write_whole_folder(tmp_path / "x"):
+        raise RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)")
+    assert not list(tmp_path.iterdir())

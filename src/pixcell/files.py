@@ -2,14 +2,17 @@
 
 ``write_whole`` writes beside the target, syncs, and renames: after a crash there is the old file, or the
 new one, never half of either. "The file exists" may therefore be read as "this piece is done".
+``write_whole_folder`` does the same for a folder.
 """
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,15 @@ from typing import Any
 
 from pixcell.errors import OutputError
 
-__all__ = ["remove_leftovers", "sha256_of", "write_json", "write_text", "write_whole", "writing_to"]
+__all__ = [
+    "remove_leftovers",
+    "sha256_of",
+    "write_json",
+    "write_text",
+    "write_whole",
+    "write_whole_folder",
+    "writing_to",
+]
 
 _TEMPORARY = ".tmp-"
 _LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{12}$")
@@ -75,6 +86,86 @@ def write_whole(path: Path, keep_existing: bool = False) -> Iterator[Path]:
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_whole_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``path``; sync and rename it when the block ends without an error.
+
+    A process that is killed in between leaves the folder beside, which the next one that writes ``path``
+    removes: a lock tells whether its owner still lives.
+
+    Args:
+        path: Where the folder appears. It must not exist.
+
+    Raises:
+        OutputError: If ``path`` exists, or the place is read-only, full or not a folder.
+    """
+    taken = f"{path} is there already; choose another place, or move it away."
+    if path.exists() or path.is_symlink():
+        raise OutputError(taken)
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead_folders(path)
+        temporary = path.parent / f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}"
+        temporary.mkdir()
+        lock = _locked(temporary)
+        try:
+            try:
+                yield temporary
+            except Exception as error:
+                # Writers of weights raise errors of their own when the disk is full.
+                if "No space left" in str(error) and not isinstance(error, OSError | OutputError):
+                    raise OSError(errno.ENOSPC, "No space left on device") from error
+                raise
+            for file in sorted(temporary.rglob("*")):
+                _sync(file)
+            _sync(temporary)
+            if path.exists():
+                raise OutputError(taken)
+            temporary.rename(path)
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _remove_dead_folders(path: Path) -> None:
+    """Delete what killed processes left half-written for ``path``."""
+    for place in path.parent.glob(f"{glob.escape(path.name)}{_TEMPORARY}*"):
+        if _LEFTOVER.search(place.name) and place.is_dir():
+            lock = _locked(place)
+            if lock is not None:  # nobody holds it: its owner is dead
+                shutil.rmtree(place, ignore_errors=True)
+                os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder until its descriptor is closed, at the latest with the process; None: not possible.
+
+    Where there are no locks (Windows, some network file systems), nothing is taken for dead.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        _sync_folder(path)
+        return
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
