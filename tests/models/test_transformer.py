@@ -29,11 +29,14 @@ SMALL = {
 @pytest.fixture
 def small() -> PixCellTransformer2DModel:
     torch.manual_seed(0)
-    model = PixCellTransformer2DModel(**SMALL).eval()
+    return opened(PixCellTransformer2DModel(**SMALL))
+
+
+def opened(model: PixCellTransformer2DModel) -> PixCellTransformer2DModel:
     with torch.no_grad():  # open what starts at zero
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return model.eval()
 
 
 def golden_model(name):
@@ -150,6 +153,104 @@ def test_the_null_embedding_given_as_a_condition_is_no_condition(small):
         assert torch.equal(small(latents, 10, null).sample, small(latents, 10).sample)
 
 
+class TestDropped:
+    """Samples without a condition among others."""
+
+    @pytest.fixture(params=[True, False], ids=["positions on null", "bare null"])
+    def four(self, request) -> PixCellTransformer2DModel:
+        torch.manual_seed(0)
+        sizes = {"sample_size": 16, "caption_num_tokens": 4, "unconditional_positions": request.param}
+        return opened(PixCellTransformer2DModel(**{**SMALL, **sizes}))
+
+    @torch.no_grad()
+    def test_a_dropped_sample_is_one_without_a_condition(self, four):
+        latents, condition = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 12)
+        dropped = torch.tensor([True, False, True])
+        some = four(latents, 40, condition, dropped=dropped).sample
+        with_, without = four(latents, 40, condition).sample, four(latents, 40).sample
+        torch.testing.assert_close(some, torch.where(dropped[:, None, None, None], without, with_), **CLOSE)
+        assert not torch.allclose(some[0], with_[0])
+
+    @torch.no_grad()
+    def test_positions_on_the_null_tokens_are_a_choice(self, four):
+        """True: as the null embedding given as a condition, so as published sampling. False: bare."""
+        latents, null = torch.randn(1, 4, 16, 16), four.unconditional_embedding[None]
+        given, dropped = four(latents, 40, null).sample, four(latents, 40).sample
+        assert torch.equal(given, dropped) == four.config.unconditional_positions
+        four.y_pos_embed.y_pos_embed.zero_()
+        torch.testing.assert_close(four(latents, 40).sample, four(latents, 40, null).sample, rtol=0, atol=0)
+
+    def test_the_choice_travels_with_the_weights(self, four, tmp_path):
+        four.save_pretrained(tmp_path)
+        again = PixCellTransformer2DModel.from_pretrained(tmp_path)
+        assert again.config.unconditional_positions == four.config.unconditional_positions
+        assert again.grown_to(32, 16)[0].config.unconditional_positions == four.config.unconditional_positions
+
+    def test_the_mask_has_one_value_each(self, four):
+        with pytest.raises(ModelError, match="dropped marks 2 samples of 1"):
+            four(
+                torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 4, 12), dropped=torch.zeros(2, dtype=torch.bool)
+            )
+
+
+class TestPrepared:
+    """What is computed once gives the same bits as what is computed each time."""
+
+    @pytest.fixture(params=[1, 4], ids=["one token", "four tokens"])
+    def model(self, request) -> PixCellTransformer2DModel:
+        torch.manual_seed(0)
+        return opened(PixCellTransformer2DModel(**{**SMALL, "caption_num_tokens": request.param}))
+
+    @torch.no_grad()
+    def test_a_prepared_condition_is_the_condition(self, model):
+        latents = torch.randn(3, 4, 8, 8)
+        condition = torch.randn(3, model.config.caption_num_tokens, 12)
+        dropped = torch.tensor([False, True, False])
+        for timestep in (torch.tensor([3, 500, 949.05]), 700):
+            plain = model(latents, timestep, condition, dropped=dropped).sample
+            assert torch.equal(model(latents, timestep, model.prepare(condition, dropped)).sample, plain)
+
+    @torch.no_grad()
+    def test_modulation_for_all_steps_is_that_of_each(self, model):
+        latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, model.config.caption_num_tokens, 12)
+        steps = torch.tensor([999, 949.05, 500, 0.25])
+        together = model.modulation(steps)
+        for number, step in enumerate(steps):
+            torch.testing.assert_close(
+                model(latents, together.row(number), condition).sample,
+                model(latents, step, condition).sample,
+                **CLOSE,
+            )
+
+    @torch.no_grad()
+    def test_one_timestep_for_all_is_that_timestep_for_each(self, model):
+        latents, condition = torch.randn(3, 4, 8, 8), torch.randn(3, model.config.caption_num_tokens, 12)
+        one, each = (model(latents, t, condition).sample for t in (250, torch.full((3,), 250)))
+        torch.testing.assert_close(one, each, **CLOSE)
+
+    def test_its_gradients_are_those_of_the_condition(self, model):
+        latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, model.config.caption_num_tokens, 12)
+        gradients = []
+        for prepare in (lambda given: given, model.prepare):
+            model.zero_grad(set_to_none=True)
+            model(latents, 500, prepare(condition)).sample.square().mean().backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        for plain, prepared in zip(*gradients, strict=True):
+            torch.testing.assert_close(prepared, plain, rtol=1e-5, atol=1e-7)
+
+    def test_it_knows_what_was_dropped(self, model):
+        prepared = model.prepare(torch.zeros(1, model.config.caption_num_tokens, 12))
+        with pytest.raises(ModelError, match="give them to prepare"):
+            model(torch.zeros(1, 4, 8, 8), 1, prepared, dropped=torch.ones(1, dtype=torch.bool))
+
+    def test_it_belongs_to_its_model_and_batch(self, model):
+        prepared = model.prepare(torch.zeros(1, model.config.caption_num_tokens, 12))
+        with pytest.raises(ModelError, match="2 latents were given with 1 conditions"):
+            model(torch.zeros(2, 4, 8, 8), 1, prepared)
+        with pytest.raises(ModelError, match="prepared by another model"):
+            PixCellTransformer2DModel(**{**SMALL, "num_layers": 1})(torch.zeros(1, 4, 8, 8), 1, prepared)
+
+
 def test_a_new_model_predicts_zero_and_ignores_its_condition():
     model = PixCellTransformer2DModel(**SMALL)
     assert not model(torch.randn(1, 4, 8, 8), 5).sample.any()
@@ -181,29 +282,129 @@ def test_initial_spreads_are_those_of_the_recipe():
     assert model.unconditional_embedding.std().item() == pytest.approx(1536**-0.5, rel=0.1)
 
 
-def test_gradient_checkpointing_changes_no_gradient(small):
-    latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, 1, 12)
+def test_what_starts_at_zero_and_what_the_framework_draws():
+    torch.manual_seed(0)
+    model = PixCellTransformer2DModel(num_layers=2, num_attention_heads=4, cross_attention_dim=288)
+    zero = [model.proj_out, *(block.attn2.to_out[0] for block in model.transformer_blocks)]
+    assert not any(layer.weight.any() or layer.bias.any() for layer in zero)
+    linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert not any(layer.bias.any() for layer in linear)
+    assert all(layer.weight.any() for layer in linear if layer not in zero)
+    # of the patch convolution: uniform within 1 / sqrt(fan in)
+    bias = model.pos_embed.proj.bias
+    assert 0 < bias.abs().max() <= 64**-0.5
+    assert bias.var().item() == pytest.approx(64**-1 / 3, rel=0.2)
 
-    def gradients():
-        small.zero_grad()
-        small(latents, torch.tensor([3, 700]), condition).sample.square().mean().backward()
-        return [parameter.grad.clone() for parameter in small.parameters()]
 
-    plain = gradients()
-    small.enable_gradient_checkpointing()
-    assert small.gradient_checkpointing
-    for before, after in zip(plain, gradients(), strict=True):
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [
+        ("transformer_blocks.0.attn1.to_q.weight", "xavier"),
+        ("transformer_blocks.0.attn2.to_v.weight", "xavier"),
+        ("transformer_blocks.0.ff.net.0.proj.weight", "xavier"),
+        ("pos_embed.proj.weight", "xavier"),
+        ("adaln_single.linear.weight", "normal 0.02"),
+        ("caption_projection.linear_2.weight", "normal 0.02"),
+        ("transformer_blocks.0.scale_shift_table", "normal 1 / sqrt(width)"),
+    ],
+)
+def test_initial_weights_follow_their_distribution(name, draw):
+    """By the largest distance between distribution functions (Kolmogorov-Smirnov), with a fixed seed."""
+    from scipy.stats import kstest
+
+    torch.manual_seed(0)
+    model = PixCellTransformer2DModel(num_layers=1, num_attention_heads=4, cross_attention_dim=288)
+    weight = model.get_parameter(name).detach()
+    if draw == "xavier":
+        limit = (6 / sum(weight.flatten(1).shape)) ** 0.5
+        expected = ("uniform", (-limit, 2 * limit))
+    else:
+        expected = ("norm", (0, 0.02 if draw == "normal 0.02" else 288**-0.5))
+    assert kstest(weight.flatten().double().numpy(), expected[0], expected[1]).pvalue > 0.01
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_gradient_checkpointing_changes_neither_value_nor_gradient(num_tokens):
+    torch.manual_seed(0)
+    model = opened(PixCellTransformer2DModel(**{**SMALL, "caption_num_tokens": num_tokens})).train()
+    latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, num_tokens, 12)
+    dropped, residual = torch.tensor([False, True]), torch.randn(2, 16, 16, requires_grad=True)
+
+    def outcome():
+        model.zero_grad(set_to_none=True)
+        residual.grad = None
+        sample = model(latents, torch.tensor([3, 700]), condition, [residual], dropped=dropped).sample
+        sample.square().mean().backward()
+        return [sample.detach(), residual.grad, *(parameter.grad.clone() for parameter in model.parameters())]
+
+    plain = outcome()
+    model.enable_gradient_checkpointing()
+    assert model.gradient_checkpointing
+    calls = []
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for before, after in zip(plain, outcome(), strict=True):
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-7)
+    assert len(calls) == 2, "computed again on the way back"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_runs_in_half_precision(num_tokens, dtype):
+    """In every layer: a module that returns float32 would turn all that follows into float32."""
+    torch.manual_seed(0)
+    model = opened(PixCellTransformer2DModel(**{**SMALL, "caption_num_tokens": num_tokens}))
+    latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, num_tokens, 12)
+    timestep = torch.tensor([500, 20])
+    exact = model(latents, timestep, condition).sample
+    model.to(dtype)
+    seen = {}
+    for name, module in model.named_modules():
+        if name and "time_proj" not in name:  # the sinusoids themselves are float32
+            module.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+    for given in (latents, latents.to(dtype)):
+        for time in (timestep, 500):
+            sample = model(given, time, condition).sample
+            assert sample.dtype == dtype
+    outputs = {
+        name: part for name, out in seen.items() for part in (out if isinstance(out, tuple) else (out,))
+    }
+    assert len(outputs) > 20
+    assert {name: out.dtype for name, out in outputs.items() if out.dtype != dtype} == {}
+    sample = model(latents, timestep, condition).sample
+    assert (sample.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_half_precision_runs_in_half_precision(small, dtype):
-    latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, 1, 12)
-    exact = small(latents, 500, condition).sample
-    sample = small.to(dtype)(latents, 500, condition).sample
-    assert sample.dtype == dtype
+def test_fractional_timesteps_stay_exact_in_half_precision(small, dtype):
+    """949.05 would become 949.0 in float16 and 948.0 in bfloat16."""
+    exact = small.modulation(torch.tensor([949.05]))
+    rounded = small.modulation(torch.tensor([949.05]).to(dtype))
+    seen = {}
+    small.to(dtype).adaln_single.emb.time_proj.register_forward_hook(
+        lambda _m, given, out: seen.update(timestep=given[0], features=out)
+    )
+    ours = small.modulation(torch.tensor([949.05])).output.float()
+    assert seen["timestep"].dtype == seen["features"].dtype == torch.float32
+    assert seen["timestep"].item() == torch.tensor(949.05).item()
+    assert (ours - exact.output).abs().max() < 0.1 * (rounded.output - exact.output).abs().max()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_training_under_autocast_gives_every_weight_its_gradient(num_tokens):
+    torch.manual_seed(0)
+    model = opened(PixCellTransformer2DModel(**{**SMALL, "caption_num_tokens": num_tokens})).train()
+    latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, num_tokens, 12)
+    exact = model(latents, torch.tensor([3, 700]), condition).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = model(latents, torch.tensor([3, 700]), condition).sample
     assert (sample.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    sample.float().square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
 
 
 @torch.no_grad()
@@ -330,12 +531,17 @@ class TestWrongInput:
             ((1, 4, 8, 8), (1, 1, 13), "13 wide, the model takes 12"),
             ((1, 4, 8, 8), (1, 4, 12), "4 condition tokens were given, the model takes 1"),
             ((2, 4, 8, 8), (3, 1, 12), "2 latents were given with 3 conditions"),
+            ((1, 4, 8, 8), (1, 12), "it is \\(batch, tokens, dim\\)"),
         ],
     )
     def test_sizes(self, small, latents, condition, message):
         small.pos_embed.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
         with pytest.raises(ModelError, match=message):
             small(torch.zeros(latents), 1, torch.zeros(condition))
+
+    def test_timesteps(self, small):
+        with pytest.raises(ModelError, match="2 timesteps were given for 3 latents"):
+            small(torch.zeros(3, 4, 8, 8), torch.tensor([1, 2]), None)
 
     def test_too_many_residuals(self, small):
         with pytest.raises(ModelError, match="3 control residuals were given for 2 blocks"):

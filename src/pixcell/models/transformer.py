@@ -5,86 +5,64 @@ condition tokens (one per 256-pixel field of the picture), then runs an MLP; the
 modulation (adaLN-single). The output holds the predicted noise and, in a second half of the channels, how the
 variance of a step lies between its two bounds.
 
-All blocks are diffusers' own. Configuration keys and parameter names are those of the published weights, so
+Layers are diffusers' own. Configuration keys and parameter names are those of the published weights, so
 these load as they are; ``caption_projection`` and ``uncond_embedding`` are their words, not ours.
 
 **Positions.** Latent coordinates run from 0 to ``sample_size / patch_size / interpolation_scale``: 0 to 32 in
 all published stages, so that a 256, 512 and 1024 model speak of the same square. The condition tokens sit in
 the middle of their field, in the same coordinates.
 
-**No condition.** ``unconditional_embedding`` stands in for an embedding grid *before* positions are added,
-in training and in sampling alike. (The reference adds them in sampling only: its dropped condition and its
-null condition are two different inputs. Its samples come from the order used here.)
+**No condition.** Samples without a condition (``dropped``, or all where none is given) get the
+``unconditional_embedding`` instead, *before* positions are added, in training and in sampling alike. The
+reference adds positions in sampling only: its dropped condition and its null condition are two different
+inputs. Its samples come from the order used here; ``unconditional_positions=False`` is its training.
+
+**Once per sampling.** What a condition comes to in each block, and what timesteps come to, depend on no
+latents: :meth:`PixCellTransformer2DModel.prepare` and :meth:`PixCellTransformer2DModel.modulation` compute
+them, and the forward pass takes their results in place of the condition and the timestep.
 
 Source: Chen et al. 2023, "PixArt-alpha" (https://arxiv.org/abs/2310.00426), sections 2.2 and 2.3;
 Yellapragada et al. 2025, "PixCell" (https://arxiv.org/abs/2506.05127).
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.embeddings import (
-    PatchEmbed,
-    PixArtAlphaTextProjection,
-    get_2d_sincos_pos_embed_from_grid,
-)
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pixcell.errors import ModelError
+from pixcell.models.blocks import (
+    BlockCondition,
+    ConditionPositions,
+    ConditionProjection,
+    PixCellBlock,
+    PreparedCondition,
+    TimeModulation,
+    condition_positions,
+    modulated,
+)
+from pixcell.models.growth import GrowthReport, grow
 
-__all__ = ["GrowthReport", "PixCellTransformer2DModel", "condition_positions"]
-
-
-@dataclass(frozen=True)
-class GrowthReport:
-    """What became of each tensor when a model grew."""
-
-    carried: tuple[str, ...]
-    """Copied bit for bit."""
-    rebuilt: Mapping[str, str] = field(default_factory=dict)
-    """Made anew for the new size, and how."""
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    """In the old model only, and why."""
-
-    def __str__(self) -> str:
-        """One line for a log."""
-        parts = [f"{len(self.carried)} tensors carried"]
-        parts += [f"rebuilt {name}: {how}" for name, how in self.rebuilt.items()]
-        parts += [f"dropped {name}: {why}" for name, why in self.dropped.items()]
-        return "; ".join(parts)
+__all__ = [
+    "GrowthReport",
+    "PixCellTransformer2DModel",
+    "PreparedCondition",
+    "TimeModulation",
+    "condition_positions",
+]
 
 
-class _ConditionProjection(PixArtAlphaTextProjection):
-    """Embeddings to model width, one by one; keeps the tokens that stand for "no condition" beside it."""
-
-    def __init__(self, in_features: int, hidden_size: int, num_tokens: int, learned: bool) -> None:
-        super().__init__(in_features=in_features, hidden_size=hidden_size)
-        unconditional = torch.randn(num_tokens, in_features) / math.sqrt(in_features)
-        if learned:
-            self.uncond_embedding = nn.Parameter(unconditional)
-        else:
-            self.register_buffer("uncond_embedding", unconditional)
-
-
-class _ConditionPositions(nn.Module):
-    """The table added to condition tokens. Part of the weights: published ones bring their own."""
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.y_pos_embed: Tensor
-        self.register_buffer("y_pos_embed", table)
-
-
-class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Predict noise (and variance) of latents from a timestep and the tokens of an embedding grid.
 
     Args:
@@ -101,7 +79,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: Side of a latent patch.
         activation_fn: Of the MLP.
         num_embeds_ada_norm: Number of training timesteps; kept for published configurations.
-        upcast_attention: Attention scores in float32.
+        upcast_attention: Kept for published configurations; the attention kernels add up scores in float32.
         norm_type: Only ``"ada_norm_single"``.
         norm_elementwise_affine: Affine block norms. Published: off.
         norm_eps: Of the block norms.
@@ -112,13 +90,15 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         attention_type: Only ``"default"``.
         caption_num_tokens: Number of condition tokens, a square number: 1, 4 or 16 in the published stages.
         learn_unconditional_embedding: Train the "no condition" tokens. Published: a constant random vector.
+        unconditional_positions: Add positions to the "no condition" tokens of dropped samples too.
 
     Raises:
         ModelError: If the values cannot make a model.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("BasicTransformerBlock", "PatchEmbed")
+    _no_split_modules = ("PixCellBlock", "PatchEmbed")
+    _repeated_blocks = ("PixCellBlock",)
     _skip_layerwise_casting_patterns = ("pos_embed", "norm", "adaln_single")
 
     @register_to_config
@@ -147,6 +127,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         attention_type: str | None = "default",
         caption_num_tokens: int = 1,
         learn_unconditional_embedding: bool = False,
+        unconditional_positions: bool = True,
     ) -> None:
         super().__init__()
         width = num_attention_heads * attention_head_dim
@@ -175,7 +156,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             interpolation_scale=interpolation_scale,
         )
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(
+            PixCellBlock(
                 width,
                 num_attention_heads,
                 attention_head_dim,
@@ -196,7 +177,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, patch_size * patch_size * self.out_channels)
         self.adaln_single = AdaLayerNormSingle(width, use_additional_conditions=False)
-        self.caption_projection = _ConditionProjection(
+        self.caption_projection = ConditionProjection(
             caption_channels, width, caption_num_tokens, learn_unconditional_embedding
         )
         self.y_pos_embed = None
@@ -204,7 +185,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             table = condition_positions(
                 caption_channels, caption_num_tokens, sample_size // patch_size, interpolation_scale
             )
-            self.y_pos_embed = _ConditionPositions(table)
+            self.y_pos_embed = ConditionPositions(table)
         self._initialise()
 
     @property
@@ -222,23 +203,61 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Rows (and columns) of the embedding grid: the square root of the number of condition tokens."""
         return math.isqrt(self.config.caption_num_tokens)
 
+    def prepare(
+        self,
+        encoder_hidden_states: Float[Tensor, "batch tokens dim"],
+        dropped: Bool[Tensor, " _"] | None = None,
+    ) -> PreparedCondition:
+        """Compute what the blocks need of a condition, which is the same at every timestep.
+
+        Args:
+            encoder_hidden_states: Embeddings as the encoder gave them, a row per sample.
+            dropped: Samples to be treated as having no condition. None: none of them.
+
+        Raises:
+            ModelError: If a size is not the model's, before anything is computed.
+        """
+        self._check_condition(encoder_hidden_states, dropped)
+        condition = self._projected(encoder_hidden_states, dropped)
+        return PreparedCondition(
+            tuple(block.prepare(condition) for block in self.transformer_blocks), len(condition)
+        )
+
+    def modulation(self, timesteps: Tensor | float) -> TimeModulation:
+        """Compute what timesteps do to the model, all in one call.
+
+        Args:
+            timesteps: 0 to 999, fractions allowed. Their sinusoids are computed in float32, whatever the
+                precision of the model.
+        """
+        if not isinstance(timesteps, Tensor):
+            timesteps = torch.as_tensor(timesteps, device=self.device)
+        timesteps = timesteps.reshape(-1)
+        return TimeModulation(
+            *self.adaln_single(timesteps, batch_size=len(timesteps), hidden_dtype=self._dtype)
+        )
+
     def forward(
         self,
         hidden_states: Float[Tensor, "batch channels height width"],
-        timestep: Tensor | float,
-        encoder_hidden_states: Float[Tensor, "_ tokens dim"] | None = None,
+        timestep: Tensor | float | TimeModulation,
+        encoder_hidden_states: Tensor | PreparedCondition | None = None,
         block_controlnet_hidden_states: Sequence[Tensor] | None = None,
         return_dict: bool = True,
+        dropped: Bool[Tensor, " _"] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict what was added to clean latents.
 
         Args:
             hidden_states: Noisy latents.
-            timestep: 0 to 999, fractions allowed; one for all, or one per sample.
-            encoder_hidden_states: Embeddings as the encoder gave them, a row per sample. None: no condition.
+            timestep: 0 to 999, fractions allowed; one for all, or one per sample. Or what :meth:`modulation`
+                made of it.
+            encoder_hidden_states: Embeddings as the encoder gave them, (batch, tokens, dim), or what
+                :meth:`prepare` made of them. None: no condition.
             block_controlnet_hidden_states: What is added to the output of each block, (batch, image tokens,
                 width). May be shorter than the number of blocks; the last blocks then get nothing.
             return_dict: Return an object with ``sample`` instead of a tuple of one.
+            dropped: Samples to be treated as having no condition. None: none of them.
 
         Returns:
             ``sample``, (batch, out_channels, height, width): noise, then variance logits if learned.
@@ -246,34 +265,18 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ModelError: If a size is not the model's, before anything is computed.
         """
-        batch_size, _, height, width = hidden_states.shape
-        if encoder_hidden_states is None:
-            encoder_hidden_states = self.unconditional_embedding.expand(batch_size, -1, -1)
         residuals = list(block_controlnet_hidden_states or ())
-        self._check_inputs(hidden_states, encoder_hidden_states, residuals)
-        dtype = self.pos_embed.proj.weight.dtype
-        hidden_states = hidden_states.to(dtype)
-        condition = encoder_hidden_states.to(dtype)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device)
-
-        tokens = self.pos_embed(hidden_states)
-        modulation, time_embedding = self.adaln_single(
-            timestep.reshape(-1).expand(batch_size), batch_size=batch_size, hidden_dtype=dtype
+        conditions, modulation = self._conditions(
+            hidden_states, timestep, encoder_hidden_states, dropped, residuals
         )
-        if self.y_pos_embed is not None:
-            condition = condition + self.y_pos_embed.y_pos_embed.to(dtype)
-        condition = self.caption_projection(condition)
+        height, width = hidden_states.shape[2:]
+        tokens = self.pos_embed(hidden_states.to(self._dtype))
+        for index, (block, condition) in enumerate(zip(self.transformer_blocks, conditions, strict=True)):
+            residual = residuals[index] if index < len(residuals) else None
+            tokens = self._run(block, tokens, condition, modulation, residual)
 
-        for index, block in enumerate(self.transformer_blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, None, condition, None, modulation)
-            else:
-                tokens = block(tokens, encoder_hidden_states=condition, timestep=modulation)
-            if index < len(residuals):
-                tokens = tokens + residuals[index].to(tokens.dtype)
-
-        shift, scale = (self.scale_shift_table + time_embedding[:, None]).chunk(2, dim=1)
-        tokens = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
+        shift, scale = (self.scale_shift_table + modulation.output[:, None]).chunk(2, dim=1)
+        tokens = self.proj_out(modulated(self.norm_out, tokens, shift, scale))
         sample = self._unpatchify(tokens, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -294,29 +297,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ModelError: If one grid is no whole multiple of the other.
         """
-        if interpolation_scale is None:
-            interpolation_scale = self.config.interpolation_scale * sample_size / self.config.sample_size
-        grown = type(self).from_config(
-            self.config,
-            sample_size=sample_size,
-            caption_num_tokens=caption_num_tokens,
-            interpolation_scale=interpolation_scale,
-        )
-        grown = grown.to(dtype=self.dtype, device=self.device).train(self.training)
-        old, new = self.state_dict(), grown.state_dict()
-        table, null = "y_pos_embed.y_pos_embed", "caption_projection.uncond_embedding"
-        remade = {table, null} if caption_num_tokens != self.config.caption_num_tokens else {table}
-        carried = tuple(name for name in old if name in new and name not in remade)
-        state = {**new, **{name: old[name] for name in carried}}
-        rebuilt = {"pos_embed.pos_embed": f"positions of {sample_size} x {sample_size} latents"}
-        if table in new:
-            rebuilt[table] = f"positions of {caption_num_tokens} condition tokens"
-        if null in remade:
-            state[null] = _spread(old[null], caption_num_tokens)
-            rebuilt[null] = f"{self.config.caption_num_tokens} tokens spread over {caption_num_tokens}"
-        dropped = {name: "a single condition token has no position" for name in old if name not in new}
-        grown.load_state_dict(state, strict=True)
-        return grown, GrowthReport(carried, rebuilt, dropped)
+        return grow(self, sample_size, caption_num_tokens, interpolation_scale)
 
     def _unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
         side = self.config.patch_size
@@ -324,7 +305,71 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patches = tokens.unflatten(1, (height // side, width // side)).unflatten(3, (side, side, -1))
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
 
-    def _check_inputs(self, latents: Tensor, condition: Tensor, residuals: Sequence[Tensor]) -> None:
+    def _conditions(
+        self,
+        latents: Tensor,
+        timestep: Tensor | float | TimeModulation,
+        condition: Tensor | PreparedCondition | None,
+        dropped: Tensor | None,
+        residuals: Sequence[Tensor] = (),
+    ) -> tuple[Sequence[Tensor | BlockCondition], TimeModulation]:
+        """Check what a forward pass is given; return the condition of each block and the modulation."""
+        self._check_latents(latents, timestep, condition, residuals)
+        if isinstance(condition, PreparedCondition):
+            if dropped is not None:
+                raise ModelError("a prepared condition knows its dropped samples: give them to prepare().")
+            conditions: Sequence[Tensor | BlockCondition] = condition.blocks
+            if len(conditions) != len(self.transformer_blocks):
+                raise ModelError("the condition was prepared by another model; let this one prepare it.")
+        else:
+            if condition is None:
+                condition = self.unconditional_embedding.expand(len(latents), -1, -1)
+                dropped = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+            self._check_condition(condition, dropped)
+            conditions = [self._projected(condition, dropped)] * len(self.transformer_blocks)
+        if not isinstance(timestep, TimeModulation):
+            timestep = self.modulation(torch.as_tensor(timestep, device=latents.device))
+        return conditions, timestep
+
+    def _run(
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        condition: Tensor | BlockCondition,
+        modulation: TimeModulation,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        run = block
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            run = functools.partial(self._gradient_checkpointing_func, block)
+        return run(tokens, condition, modulation.blocks, residual)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What latents and conditions are computed in; adapters may be of another."""
+        dtype: torch.dtype = self.pos_embed.proj.weight.dtype
+        return dtype
+
+    def _projected(self, tokens: Tensor, dropped: Tensor | None) -> Tensor:
+        """Condition tokens with their positions, in model width."""
+        tokens, null = tokens.to(self._dtype), self.unconditional_embedding.to(self._dtype)
+        without = None if dropped is None else dropped.to(tokens.device)[:, None, None]
+        if without is not None and self.config.unconditional_positions:
+            tokens = torch.where(without, null, tokens)
+        if self.y_pos_embed is not None:
+            tokens = tokens + self.y_pos_embed.y_pos_embed.to(self._dtype)
+        if without is not None and not self.config.unconditional_positions:
+            tokens = torch.where(without, null, tokens)
+        projected: Tensor = self.caption_projection(tokens)
+        return projected
+
+    def _check_latents(
+        self,
+        latents: Tensor,
+        timestep: Tensor | float | TimeModulation,
+        condition: Tensor | PreparedCondition | None,
+        residuals: Sequence[Tensor],
+    ) -> None:
         config = self.config
         batch_size, channels, height, width = latents.shape
         if channels != config.in_channels:
@@ -339,9 +384,28 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"{config.patch_size} patches. Choose a picture size that is a multiple of "
                 f"{8 * config.patch_size} pixels; the nearest latent height is {near}."
             )
-        if condition.shape[-1] != config.caption_channels:
+        times = timestep.output[:, 0] if isinstance(timestep, TimeModulation) else torch.as_tensor(timestep)
+        if times.numel() not in (1, batch_size):
             raise ModelError(
-                f"the embeddings are {condition.shape[-1]} wide, the model takes {config.caption_channels}. "
+                f"{times.numel()} timesteps were given for {batch_size} latents; one for all or one each."
+            )
+        rows = condition.batch_size if isinstance(condition, PreparedCondition) else batch_size
+        if isinstance(condition, Tensor):
+            rows = condition.shape[0]
+        if rows != batch_size:
+            raise ModelError(f"{batch_size} latents were given with {rows} conditions.")
+        if len(residuals) > config.num_layers:
+            raise ModelError(f"{len(residuals)} control residuals were given for {config.num_layers} blocks.")
+
+    def _check_condition(self, condition: Tensor, dropped: Tensor | None) -> None:
+        config = self.config
+        if condition.ndim != 3:
+            raise ModelError(
+                f"a condition of shape {tuple(condition.shape)} was given; it is (batch, tokens, dim)."
+            )
+        if condition.shape[2] != config.caption_channels:
+            raise ModelError(
+                f"the embeddings are {condition.shape[2]} wide, the model takes {config.caption_channels}. "
                 "Use the encoder that the model was trained with."
             )
         if condition.shape[1] != config.caption_num_tokens:
@@ -349,10 +413,10 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"{condition.shape[1]} condition tokens were given, the model takes "
                 f"{config.caption_num_tokens} (a {self.grid_size} x {self.grid_size} grid of embeddings)."
             )
-        if condition.shape[0] != batch_size:
-            raise ModelError(f"{batch_size} latents were given with {condition.shape[0]} conditions.")
-        if len(residuals) > config.num_layers:
-            raise ModelError(f"{len(residuals)} control residuals were given for {config.num_layers} blocks.")
+        if dropped is not None and dropped.shape != condition.shape[:1]:
+            raise ModelError(
+                f"dropped marks {dropped.numel()} samples of {condition.shape[0]}; give one boolean each."
+            )
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -380,43 +444,6 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for block in self.transformer_blocks:
             nn.init.zeros_(block.get_parameter("attn2.to_out.0.weight"))
         nn.init.zeros_(self.proj_out.weight)
-
-
-def condition_positions(
-    dim: int, num_tokens: int, latent_grid: int, interpolation_scale: float
-) -> Float[Tensor, "1 tokens {dim}"]:
-    """Return the position table of condition tokens: sines and cosines of the middles of their fields.
-
-    The coordinates are those of the latent positions, ``latent_grid / interpolation_scale`` long: for the
-    published 512 model the fields are centred at 8 and 24, for 1024 at 4, 12, 20 and 28. (The reference
-    writes the offset as ``latent_grid // tokens``, the centre where the interpolation is half the grid side,
-    as in its stages; and its diffusers class divides by 2 whatever the interpolation is, which misplaces the
-    tokens of a 512 model.)
-
-    Args:
-        dim: Width of an embedding.
-        num_tokens: A square number; row-major.
-        latent_grid: Image tokens along a side of the picture.
-        interpolation_scale: As of the latent positions.
-    """
-    side = math.isqrt(num_tokens)
-    step = latent_grid / side / interpolation_scale
-    centres = torch.arange(side, dtype=torch.float32, device="cpu") * step + step / 2
-    # the first half of the width encodes the column, the second the row
-    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"))
-    return get_2d_sincos_pos_embed_from_grid(dim, grid).float()[None]
-
-
-def _spread(tokens: Float[Tensor, "old dim"], num_tokens: int) -> Float[Tensor, "new dim"]:
-    """Stretch a square grid of tokens to another, each new one taking the old one under its middle."""
-    old, new = math.isqrt(tokens.shape[0]), math.isqrt(num_tokens)
-    if max(old, new) % min(old, new):
-        raise ModelError(
-            f"a {old} x {old} embedding grid cannot become {new} x {new}: "
-            "one must be a multiple of the other."
-        )
-    places = (torch.arange(new, device=tokens.device) * 2 + 1) * old // (2 * new)
-    return tokens.unflatten(0, (old, old))[places][:, places].flatten(0, 1)
 
 
 def _check_architecture(
