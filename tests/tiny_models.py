@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from pixcell.models.autoencoder import TissueAutoencoder
+from pixcell.models.controlnet import PixCellControlNetModel
 from pixcell.models.transformer import PixCellTransformer2DModel
 
 
@@ -30,6 +31,13 @@ def tiny_transformer(**changes: object) -> PixCellTransformer2DModel:
         "caption_num_tokens": 4,
     }
     return awake(PixCellTransformer2DModel(**(settings | changes)))
+
+
+def tiny_controlnet(**changes: object) -> PixCellControlNetModel:
+    """Return a control branch of one block for :func:`tiny_transformer`."""
+    transformer = tiny_transformer()
+    torch.manual_seed(2)
+    return awake(PixCellControlNetModel.from_transformer(transformer, **changes))
 
 
 def tiny_vae() -> TissueAutoencoder:

@@ -164,7 +164,9 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
                 "Merge its adapters (LoRA) into the weights first."
             )
         branch.load_state_dict({**own, **{name: given[name] for name in copied}}, strict=True)
-        return branch.to(dtype=transformer.dtype, device=transformer.device).train(transformer.training)
+        # diffusers' own ``to`` warns at every cast, even where no module asks to stay in float32.
+        nn.Module.to(branch, dtype=transformer.dtype, device=transformer.device)
+        return branch.train(transformer.training)
 
     def forward(  # type: ignore[override]
         self,
