@@ -28,13 +28,13 @@ from pixcell.errors import ModelError
 from pixcell.geometry import Box, window_starts
 from pixcell.models.blending import WindowWeight, window_weight
 
-__all__ = ["WindowConditions", "between_fields", "fields_under", "window_boxes", "windowed"]
+__all__ = ["WindowConditions", "arc_between", "between_fields", "fields_under", "window_boxes", "windowed"]
 
 WindowConditions = Callable[[Conditioning, Box, int], Conditioning]
 """From the conditions of a canvas, a window in it, and the latents along a field: the window's conditions."""
 
-# Nearly parallel vectors have no well-defined arc between them; published code draws the line here.
-_PARALLEL = 0.9995
+# Cosine from which on vectors are taken for parallel: where published code draws the line.
+_STRAIGHT = 0.9995
 
 
 def window_boxes(height: int, width: int, size: int, stride: int) -> list[Box]:
@@ -103,6 +103,27 @@ def between_fields(conditioning: Conditioning, box: Box, latents_per_field: int)
     if control is not None:
         control = control[..., *_area(box)]
     return replace(conditioning, embedding_grid=grid, control_latents=control)
+
+
+def arc_between(
+    start: Float[Tensor, "*batch dim"], end: Float[Tensor, "*batch dim"], share: Float[Tensor, "..."]
+) -> Float[Tensor, "*batch dim"]:
+    """Return a mixture of two vectors along the arc between their directions, as large-image samplers do.
+
+    The vectors count with their own lengths: ``(sin((1 - share) a) start + sin(share a) end) / sin(a)`` with
+    ``a`` the angle between them; nearly parallel or opposite ones are mixed in a straight line. Where lengths
+    differ this is not :func:`pixcell.diffusion.embeddings.slerp`, whose direction turns at constant speed.
+
+    Args:
+        start: Where ``share`` is 0.
+        end: Where it is 1.
+        share: Of ``end``, 0 to 1; its shape must broadcast to that of the vectors.
+    """
+    cosine = torch.nn.functional.cosine_similarity(start, end, dim=-1)[..., None]
+    is_straight = cosine.abs() > _STRAIGHT
+    angle = cosine.masked_fill(is_straight, 0).acos()
+    arc = (torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end) / angle.sin()
+    return torch.where(is_straight, torch.lerp(start, end, share), arc)
 
 
 def windowed(
@@ -174,15 +195,7 @@ def _resampled(grid: Tensor, axis: int, start: int, length: int, latents_per_fie
     after = (before + 1).clamp(max=grid.shape[axis] - 1)  # the outermost embeddings reach to the border
     share = (places % latents_per_field / latents_per_field).to(grid.dtype)
     share = share.view([-1 if dim == axis else 1 for dim in range(grid.ndim)])
-    return _slerp(grid.index_select(axis, before), grid.index_select(axis, after), share)
-
-
-def _slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """Go along the arc between the directions of two vectors, with their own lengths as weights."""
-    cosine = torch.nn.functional.cosine_similarity(start, end, dim=-1, eps=0.0)[..., None]
-    angle = cosine.clamp(-1, 1).acos()
-    arc = (torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end) / angle.sin()
-    return torch.where(cosine.abs() > _PARALLEL, torch.lerp(start, end, share), arc)
+    return arc_between(grid.index_select(axis, before), grid.index_select(axis, after), share)
 
 
 def _check_stride(size: int, stride: int) -> None:

@@ -42,18 +42,17 @@ def window_weight(kind: WindowWeight, height: int, width: int) -> Float[Tensor, 
 def gaussian_weight(
     height: int, width: int, sigma: float = 0.8, mean: float = 0.0
 ) -> Float[Tensor, "{height} {width}"]:
-    """Return ``exp(-(r - mean)**2 / sigma**2)``, divided by its largest value, float32.
+    """Return ``exp(-((x - mean)**2 + (y - mean)**2) / sigma**2)``, divided by its largest value, float32.
 
-    ``r`` is the distance from the middle of the window, whose first and last places lie at -1 and 1. (No 2 in
-    the denominator: this ``sigma`` is sqrt(2) times a standard deviation.)
+    The first and last places of a window lie at -1 and 1. (No 2 in the denominator: this ``sigma`` is sqrt(2)
+    times a standard deviation.)
 
     Source: the decoding of large images in "Learned representation-guided diffusion models for large-image
     generation" (Graikos et al., CVPR 2024, https://arxiv.org/abs/2312.07330) and in PixCell, which both take
     ``sigma`` 0.8 and ``mean`` 0.
     """
-    rows = torch.linspace(-1, 1, height, dtype=torch.float64)[:, None]
-    columns = torch.linspace(-1, 1, width, dtype=torch.float64)
-    weight = torch.exp(-((torch.hypot(rows, columns) - mean) ** 2) / sigma**2)
+    rows, columns = (torch.linspace(-1, 1, side, dtype=torch.float64) - mean for side in (height, width))
+    weight = torch.outer(torch.exp(-((rows / sigma) ** 2)), torch.exp(-((columns / sigma) ** 2)))
     return (weight / weight.max()).float()
 
 
