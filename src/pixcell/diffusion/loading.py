@@ -23,6 +23,7 @@ from pixcell.models.weights import fetch
 __all__ = [
     "find_pipeline",
     "load_controlnet",
+    "load_model",
     "load_scheduler",
     "load_transformer",
     "load_vae",
@@ -95,7 +96,7 @@ def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> PixCel
         WrongWeights: If names or shapes do not fit.
         ModelError: If it is another class of model.
     """
-    return _load_model(PixCellTransformer2DModel, folder, dtype, _TRANSFORMERS)
+    return load_model(PixCellTransformer2DModel, folder, dtype, _TRANSFORMERS)
 
 
 def load_controlnet(folder: Path, dtype: torch.dtype = torch.float32) -> PixCellControlNetModel:
@@ -106,7 +107,7 @@ def load_controlnet(folder: Path, dtype: torch.dtype = torch.float32) -> PixCell
         WrongWeights: If names or shapes do not fit.
         ModelError: If it is another class of model.
     """
-    return _load_model(PixCellControlNetModel, folder, dtype, _CONTROLNETS)
+    return load_model(PixCellControlNetModel, folder, dtype, _CONTROLNETS)
 
 
 def load_vae(folder: Path) -> torch.nn.Module:
@@ -161,7 +162,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load_model(kind: type[Model], folder: Path, dtype: torch.dtype, names: tuple[str, ...]) -> Model:
+def load_model(kind: type[Model], folder: Path, dtype: torch.dtype, names: tuple[str, ...]) -> Model:
+    """Load a model folder, in evaluation mode; every tensor must be there, and no other.
+
+    Args:
+        kind: The class of the model.
+        folder: With ``config.json`` and safetensors.
+        dtype: Number format of the weights.
+        names: What the configuration may call the class.
+
+    Raises:
+        MissingWeights: If configuration or weights are not there.
+        WrongWeights: If names or shapes do not fit.
+        ModelError: If it is another class of model.
+    """
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise MissingWeights(
             f"{folder} lacks config.json or safetensors weights; copy the pipeline again as a whole."

@@ -18,6 +18,7 @@ et al. 2022 (https://arxiv.org/abs/2209.03003).
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -26,7 +27,15 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["PATHLDM_SCHEDULE", "FlowSchedule", "NoiseSchedule", "Target", "schedule_for", "spread_timesteps"]
+__all__ = [
+    "PATHLDM_SCHEDULE",
+    "FlowSchedule",
+    "NoiseSchedule",
+    "Target",
+    "schedule_for",
+    "spread_timesteps",
+    "strided_timesteps",
+]
 
 Target = Literal["noise", "velocity", "flow"]
 """What a denoiser predicts.
@@ -246,9 +255,28 @@ def spread_timesteps(num_timesteps: int, counts: Sequence[int]) -> list[int]:
         length = size + (section < extra)
         if not 1 <= count <= length:
             raise ValueError(f"a section of {length} timesteps cannot keep {count}")
-        kept += [start + round(place * (length - 1) / max(count - 1, 1)) for place in range(count)]
+        stride = (length - 1) / max(count - 1, 1)
+        # Summed up and not multiplied: halfway between two timesteps the last bit decides. Published so.
+        places = itertools.accumulate([stride] * (count - 1), initial=0.0)
+        kept += [start + round(place) for place in places]
         start += length
     return kept
+
+
+def strided_timesteps(num_timesteps: int, count: int) -> list[int]:
+    """Return the timesteps 0, c, 2 c, ... with the stride ``c`` that makes them exactly so many.
+
+    Raises:
+        ValueError: If no stride does.
+
+    Examples:
+        >>> strided_timesteps(1000, 4)
+        [0, 250, 500, 750]
+    """
+    stride = -(-num_timesteps // count) if count > 0 else 0
+    if stride < 1 or len(range(0, num_timesteps, stride)) != count:
+        raise ValueError(f"no whole stride makes {count} of {num_timesteps} timesteps")
+    return list(range(0, num_timesteps, stride))
 
 
 def _at(table: Tensor, timesteps: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ timesteps is spread otherwise, that is not where the next one lies. Here each st
 
     spacing   timesteps for N steps of 1000                                      last step ends at
     "even"    N from 0 to 999, both among them, rounded (PixCell's scripts)      the clean latents
+    "strided" 0, c, 2 c, ... with the c that makes them exactly N                the clean latents
     "ldm"     1, 1 + c, 1 + 2 c, ... below 1001 with c = 1000 // N (PathLDM's)   alpha_bar[0], nearly clean
 
 In "ldm" spacing there are more than N steps if N does not divide 1000 (31 for 30), as in the reference; and
@@ -25,13 +26,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pixcell.diffusion.noise_schedules import NoiseSchedule, spread_timesteps
+from pixcell.diffusion.noise_schedules import NoiseSchedule, spread_timesteps, strided_timesteps
 from pixcell.errors import ModelError
 
 __all__ = ["RespacedDDIMScheduler"]
 
 _PREDICTIONS = ("epsilon", "v_prediction")
-_SPACINGS = ("even", "ldm")
+_SPACINGS = ("even", "strided", "ldm")
 
 
 class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
@@ -43,7 +44,7 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         beta_end: Of it.
         beta_schedule: "linear" or "scaled_linear".
         prediction_type: What the model predicts: "epsilon" or "v_prediction".
-        spacing: "even" or "ldm"; see the top of the module.
+        spacing: "even", "strided" or "ldm"; see the top of the module.
         eta: How much of a step's variance is fresh noise, unless :meth:`step` is told: 0 is deterministic,
             1 as much as ancestral sampling.
 
@@ -68,7 +69,7 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         if prediction_type not in _PREDICTIONS:
             raise ModelError(f"this solver takes {' or '.join(_PREDICTIONS)}, not {prediction_type!r}.")
         if spacing not in _SPACINGS:
-            raise ModelError(f"spacing {spacing!r} is not known; choose {' or '.join(_SPACINGS)}.")
+            raise ModelError(f"spacing {spacing!r} is not known; choose one of {', '.join(_SPACINGS)}.")
         schedule = NoiseSchedule(num_train_timesteps, beta_start, beta_end, beta_schedule)  # type: ignore[arg-type]
         self._alpha_bar = schedule.alpha_bar
         self.alphas_cumprod = schedule.alpha_bar.float()
@@ -87,6 +88,11 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
             raise ModelError(f"{num_inference_steps} sampling steps are not possible; choose 1 to {total}.")
         if self.config.spacing == "even":
             return spread_timesteps(total, [num_inference_steps])
+        if self.config.spacing == "strided":
+            try:
+                return strided_timesteps(total, num_inference_steps)
+            except ValueError as error:
+                raise ModelError(f"{error}; a divisor of {total} always fits.") from error
         kept = _ldm_timesteps(num_inference_steps, total)
         if kept[-1] >= total:
             fits = [n for n in range(1, total + 1) if total % n == 0 and _ldm_timesteps(n, total)[-1] < total]
@@ -191,7 +197,7 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def _last(self) -> float:
-        return 1.0 if self.config.spacing == "even" else float(self._alpha_bar[0])
+        return float(self._alpha_bar[0]) if self.config.spacing == "ldm" else 1.0
 
     def _place_of(self, timestep: Tensor | int) -> int:
         try:
