@@ -16,7 +16,7 @@ from pixcell.errors import RecipeError, RunError
 from pixcell.training.checkpoints import Checkpoint
 from pixcell.training.metrics import read_metrics
 from pixcell.training.objectives import Objective, Preview
-from pixcell.training.optimizers import OptimizerConfig
+from pixcell.training.optimizers import AdamWConfig, CameConfig
 from pixcell.training.trainer import Trainer, TrainerConfig
 
 
@@ -64,14 +64,15 @@ class Line:
         (folder / "weights").write_bytes(self.trainable[0].weight.detach().numpy().tobytes())
 
 
-def fit(run, objective=None, resume=True, device="cpu", **settings):
+ADAMW = AdamWConfig(lr=0.05)
+
+
+def fit(run, objective=None, resume=True, device="cpu", optimizer=ADAMW, **settings):
     config = {
         "steps": 8, "batch_size": 4, "checkpoint_every": 3, "log_every": 1, "tensorboard": False,
     }  # fmt: skip
     objective = objective or Line()
-    trainer = Trainer(
-        objective, OptimizerConfig(lr=0.05), TrainerConfig(device=device, **{**config, **settings}), run
-    )
+    trainer = Trainer(objective, optimizer, TrainerConfig(device=device, **{**config, **settings}), run)
     return objective, trainer.fit(resume)
 
 
@@ -113,10 +114,11 @@ def test_samples_per_second_counts_all_samples_of_the_interval(tmp_path):
     assert line["samples_per_s"] * outcome.seconds == pytest.approx(6 * 4, rel=0.01)
 
 
-def test_stop_and_resume_is_the_undisturbed_run_bit_for_bit(tmp_path):
-    whole, _ = fit(tmp_path / "whole", keep_last=9)
-    first, _ = fit(tmp_path / "parts", steps=3, keep_last=9)
-    second, _ = fit(tmp_path / "parts", keep_last=9)
+@pytest.mark.parametrize("optimizer", [ADAMW, CameConfig(lr=0.05)], ids=lambda config: config.name)
+def test_stop_and_resume_is_the_undisturbed_run_bit_for_bit(tmp_path, optimizer):
+    whole, _ = fit(tmp_path / "whole", optimizer=optimizer, keep_last=9)
+    first, _ = fit(tmp_path / "parts", optimizer=optimizer, steps=3, keep_last=9)
+    second, _ = fit(tmp_path / "parts", optimizer=optimizer, keep_last=9)
     assert first.seen + second.seen == whole.seen
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     logged = [

@@ -3,29 +3,35 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from pixcell.config import Config
 from pixcell.errors import RunError
 
-__all__ = ["AveragedWeights", "OptimizerConfig", "learning_rate", "make_optimizer"]
+__all__ = [
+    "AdamWConfig",
+    "AveragedWeights",
+    "CameConfig",
+    "OptimizerConfig",
+    "learning_rate",
+    "make_optimizer",
+]
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
+"""What a running mean keeps of itself each step."""
 
 
-class OptimizerConfig(Config):
-    """AdamW and its learning rate."""
+class _RateConfig(Config):
+    """What every optimiser has: a learning rate, its course, and how far weights and gradients may go."""
 
-    name: Literal["adamw"] = "adamw"
     lr: float = Field(2e-5, gt=0)
     """After warm-up. Not scaled by the batch size."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled: each step takes this share of ``lr`` off every weight."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up: as it is, or down to ``final_lr_share`` along half a cosine."""
     warmup_steps: int = Field(0, ge=0)
@@ -36,9 +42,65 @@ class OptimizerConfig(Config):
     """Longest gradient, by its norm over all weights. None: not clipped."""
 
 
+class AdamWConfig(_RateConfig):
+    """AdamW: two moments per weight."""
+
+    name: Literal["adamw"] = "adamw"
+    beta1: _Share = 0.9
+    beta2: _Share = 0.999
+    eps: float = Field(1e-8, gt=0)
+
+
+class CameConfig(_RateConfig):
+    """CAME, with which the released PixCell code trains: one moment per weight, the others by row and column.
+
+    So its state takes half the memory of AdamW's. The second moment of a matrix is kept as the means of its
+    rows and of its columns (as Adafactor does), and a step is smaller where it disagrees with the running
+    mean of earlier steps. Defaults are those of the released code.
+
+    Source: Luo et al. 2023, "CAME: Confidence-guided Adaptive Memory Efficient Optimization"
+    (https://arxiv.org/abs/2307.02047), by the authors' package ``came-pytorch``.
+    """
+
+    name: Literal["came"] = "came"
+    betas: tuple[_Share, _Share, _Share] = (0.9, 0.999, 0.9999)
+    """Of steps, squared gradients, and squared disagreement."""
+    eps: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1e-30, 1e-16)
+    """Added to squared gradients, and to squared disagreement."""
+    clip_threshold: float = Field(1.0, gt=0)
+    """Largest root mean square of a tensor's step before the learning rate."""
+
+
+def _name_of(value: Any) -> Any:
+    return value.get("name", "adamw") if isinstance(value, Mapping) else getattr(value, "name", None)
+
+
+OptimizerConfig = Annotated[
+    Annotated[AdamWConfig, Tag("adamw")] | Annotated[CameConfig, Tag("came")],
+    Discriminator(
+        _name_of,
+        custom_error_type="unknown_optimizer",
+        custom_error_message="the name of an optimizer is adamw or came",
+    ),
+]
+"""One of the optimisers; a recipe that names none means AdamW."""
+
+
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimiser of all weights that want a gradient."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if isinstance(config, CameConfig):
+        from came_pytorch import CAME
+
+        came: torch.optim.Optimizer = CAME(
+            weights,
+            lr=config.lr,
+            eps=config.eps,
+            clip_threshold=config.clip_threshold,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        return came
     return torch.optim.AdamW(
         weights,
         lr=config.lr,
@@ -53,7 +115,7 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """Return the rate of a step; ``step`` 0 is the first.
 
     Examples:
-        >>> config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule="cosine")
+        >>> config = AdamWConfig(lr=1.0, warmup_steps=2, schedule="cosine")
         >>> [round(learning_rate(config, step, 6), 3) for step in range(6)]
         [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """

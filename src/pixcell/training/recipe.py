@@ -28,7 +28,7 @@ from pixcell.training.autoencoding import Autoencoding, AutoencodingConfig
 from pixcell.training.checkpoints import Checkpoint
 from pixcell.training.denoising import Denoising, DenoisingConfig
 from pixcell.training.objectives import Objective, spread_over
-from pixcell.training.optimizers import OptimizerConfig
+from pixcell.training.optimizers import AdamWConfig, OptimizerConfig
 from pixcell.training.trainer import TrainerConfig
 
 __all__ = ["DataConfig", "TrainRecipe", "build_objective"]
@@ -94,7 +94,7 @@ class TrainRecipe(Config):
     data: DataConfig
     model: Annotated[AutoencoderConfig | TransformerConfig, Field(discriminator="name")]
     objective: Annotated[AutoencodingConfig | DenoisingConfig, Field(discriminator="name")]
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
     trainer: TrainerConfig
 
     @model_validator(mode="after")
