@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.tile_source_contract import TileSourceContract
+from golden_vectors import load
 from pixcell.data.datasets import FieldDataset
 from pixcell.data.store import TileStore
 from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch
@@ -35,7 +36,8 @@ class ArrayColumn:
 
     def __init__(self, made_by: dict, arrays: dict[str, np.ndarray]) -> None:
         self.made_by, self.arrays = made_by, arrays
-        self.shape, self.dtype = next(iter(arrays.values())).shape[1:], np.dtype(np.float16)
+        first = next(iter(arrays.values()))
+        self.shape, self.dtype = first.shape[1:], first.dtype
         self.num_tiles = {slide_id: len(array) for slide_id, array in arrays.items()}
 
     def read_into(self, out: np.ndarray, slide_id: str, tile: int, fields: Box) -> None:
@@ -288,3 +290,66 @@ def test_stores_of_different_resolution_do_not_mix(store, tmp_path):
     other.write_images("C", tiles, {})
     with pytest.raises(StoreMismatch, match=r"0\.5 and 0\.25 microns"):
         FieldDataset([store, other], size=64, images=True)
+
+
+# ── crops of the published training code ─────────────────────────────────────────────────────────
+
+
+class Published(ArraySource):
+    """Three sources of the published layout as slides; every patch holds the recorded features."""
+
+    tile_size = 32
+
+    def __init__(self) -> None:
+        self.tensors, self.about = load("lowres_crop")
+        names = self.about["extra"]["names_in_order"]
+        self.places = [(name.split("/")[0], name.split("/")[-1].removesuffix(".jpeg")) for name in names]
+
+    def index(self) -> pa.Table:
+        rows: list[dict] = []
+        for source, place in self.places:
+            tile = sum(row["slide_id"] == source for row in rows)
+            x, y = map(int, place.split("_"))
+            rows.append({"slide_id": source, "tile": tile, "x": x, "y": y})
+        return pa.Table.from_pylist(rows)
+
+    def column(self, name: str) -> ArrayColumn:
+        latents = self.tensors["in.vae_feat"].reshape(16, 4, 4, 4, 4).permute(1, 3, 0, 2, 4)
+        values = latents if name == "latents" else self.tensors["in.ssl_feat"].reshape(4, 4, -1)
+        sources = sorted({source for source, _ in self.places})
+        made_by = {"kind": name, "field_size": 8}
+        return ArrayColumn(made_by, {source: np.stack([values.numpy()] * 4) for source in sources})
+
+    def images(self, slide_id: str) -> "Published":
+        return self
+
+    def image(self, tile: int) -> np.ndarray:
+        return self.tensors["in.image"].numpy()
+
+
+@pytest.mark.parametrize("factor", [4, 2])
+def test_fields_of_a_patch_are_the_published_crops(factor):
+    source = Published()
+    fields = FieldDataset(source, size=32 // factor, latents="latents", embeddings="embeddings", images=True)
+    for number in range(factor**2):
+        item = fields[number]
+        found = {
+            "latent": torch.cat([item["posterior_mean"], item["posterior_std"]]),
+            "tokens": item["embedding_grid"].flatten(0, 1),
+            "image": item["image"].permute(1, 2, 0),
+        }
+        for name, value in found.items():
+            expected = source.tensors[f"out.{name}_f{factor}_{number}"]
+            torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("size", "length"), [(32, "length_1024"), (16, "length_512"), (8, "length_256")])
+def test_a_global_index_is_the_published_patch_and_crop(size, length):
+    source = Published()
+    fields = FieldDataset(source, size=size, latents="latents", embeddings="embeddings")
+    assert len(fields) == source.about["extra"][length]
+    side = 32 // size
+    for number in range(len(fields)):
+        patch, crop = divmod(number, side**2)
+        row, column = divmod(crop, side)
+        assert fields.key(number) == f"{'/'.join(source.places[patch])}/{row}_{column}"
