@@ -11,6 +11,9 @@ Sources: scale and shift are those of the autoencoder's own configuration (``sca
 ``shift_factor``; 1.5305 and 0.0609 for Stable Diffusion 3.5). Without a shift it is 0. Where the
 configuration has ``latents_mean`` and ``latents_std`` per channel, the mean is the shift and
 ``scaling_factor / latents_std`` the scale, as in diffusers' pipelines. Pictures are in [0, 1] here.
+
+With a codebook (``VQModel``) raw latents are those before it: continuous, without spread. Decoding looks up
+the nearest rows first.
 """
 
 import json
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import VQModel
 from diffusers.models import autoencoders
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -28,6 +32,7 @@ from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.geometry import window_starts
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.blending import window_weight
+from pixcell.models.codebook import nearest_rows
 from pixcell.models.weights import fetch, weights_sha256
 
 __all__ = ["PUBLISHED_CODECS", "LatentCodec", "PublishedCodec", "to_uint8", "to_unit"]
@@ -93,6 +98,8 @@ class LatentCodec:
         self.name = name
         # Before any cast, so that the hash does not depend on the precision of this run.
         self.sha256 = weights_sha256(vae)
+        # Likewise: among thousands of rows the nearest one is not that of rounded rows.
+        self._codebook = vae.quantize.embedding.weight.detach().float() if isinstance(vae, VQModel) else None
         # diffusers' own ``to`` warns at every cast, even where no module asks to stay in float32.
         self.vae: Any = nn.Module.to(vae, device=device, dtype=dtype).eval().requires_grad_(False)
         self.latent_channels, self.downsampling = _geometry(self)
@@ -226,7 +233,13 @@ class LatentCodec:
         return (pixels / weights).clamp(0, 1)
 
     def _decode(self, raw: Tensor) -> Tensor:
-        sample = self.vae.decode(raw.to(self.device, self.dtype), return_dict=True).sample
+        raw = raw.to(self.device)
+        if self._codebook is None:
+            sample = self.vae.decode(raw.to(self.dtype), return_dict=True).sample
+        else:
+            # Not by the model: its own way works in float32 only, and holds all distances at once.
+            rows, _ = nearest_rows(raw, self._codebook.to(raw.device))
+            sample = self.vae.decode(rows.to(self.dtype), force_not_quantize=True).sample
         return sample.float() / 2 + 0.5
 
     def made_by(self) -> dict[str, Any]:

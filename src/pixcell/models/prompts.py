@@ -55,13 +55,18 @@ def level_of(probability: float, num_levels: int = 2) -> int:
     >>> [level_of(p) for p in (0.0, 0.49, 0.5, 1.0)]
     [0, 0, 1, 1]
     """
-    if num_levels not in LEVELS:
-        raise ModelError(f"{num_levels} levels have no words; choose {', '.join(map(str, LEVELS))}.")
+    _words(num_levels)
     if not 0 <= probability <= 1:  # not true of NaN either
         raise ModelError(
             f"a probability of {probability} was given; it must lie in [0, 1]. Leave it out if it is unknown."
         )
     return min(math.floor(probability * num_levels), num_levels - 1)
+
+
+def _words(num_levels: int) -> tuple[str, ...]:
+    if num_levels not in LEVELS:
+        raise ModelError(f"{num_levels} levels have no words; choose {', '.join(map(str, LEVELS))}.")
+    return LEVELS[num_levels]
 
 
 def fused_prompt(
@@ -81,8 +86,9 @@ def fused_prompt(
     >>> fused_prompt("grade 2", p_tumor=1.0, p_til=None)
     'high tumor; grade 2'
     """
+    words = _words(num_levels)
     clauses = [
-        f"{LEVELS[num_levels][level_of(probability, num_levels)]} {what}"
+        f"{words[level_of(probability, num_levels)]} {what}"
         for what, probability in (("tumor", p_tumor), ("til", p_til))
         if probability is not None
     ]
