@@ -103,7 +103,7 @@ def encode_tokens(
     Raises:
         ModelError: If the ids fill no whole number of windows.
     """
-    window = int(tower.config.max_position_embeddings)
+    window = _config(tower).max_position_embeddings
     places = ids.shape[1]
     if places <= window:
         return tower(input_ids=ids, attention_mask=mask).last_hidden_state.float()
@@ -155,13 +155,14 @@ class TextEncoder:
     ) -> None:
         self.tower, self.tokenizer, self.name = tower, tokenizer, name
         self.policy, self.too_long = policy, too_long
-        self.window = int(tower.config.max_position_embeddings)
+        config = _config(tower)
+        self.window: int = config.max_position_embeddings
         self.length = _places(policy, length, self.window)
         if too_long not in get_args(TooLong):
             raise ModelError(f"too_long {too_long!r} is not known; choose error or truncate.")
-        if len(tokenizer) > tower.config.vocab_size:
+        if len(tokenizer) > config.vocab_size:
             raise ModelError(
-                f"the tokenizer knows {len(tokenizer)} tokens, the text tower {tower.config.vocab_size}: "
+                f"the tokenizer knows {len(tokenizer)} tokens, the text tower {config.vocab_size}: "
                 "they are not of the same model."
             )
 
@@ -204,7 +205,7 @@ class TextEncoder:
     @property
     def dim(self) -> int:
         """Width of a state."""
-        return int(self.tower.config.hidden_size)
+        return int(_config(self.tower).hidden_size)
 
     def tokenize(
         self, prompts: str | Sequence[Any]
@@ -269,6 +270,11 @@ class TextEncoder:
         if self.too_long == "error":
             raise ModelError(f"{what}. Shorten them, or pass too_long='truncate' to lose their ends.")
         _log.warning("%s; the ends of their texts are not used.", what)
+
+
+def _config(tower: nn.Module) -> Any:
+    """Return what a model of transformers states of itself; ``nn.Module`` does not know of it."""
+    return tower.config
 
 
 def _places(policy: str, length: int | None, window: int) -> int:
