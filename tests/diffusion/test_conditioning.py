@@ -112,5 +112,130 @@ def test_a_grid_that_is_not_the_models_is_refused():
 def test_shapes_that_are_no_grid_are_a_programming_error():
     with pytest.raises((ValueError, TypeError), match=r"batch,? rows,? columns,? dim"):
         Conditioning(torch.zeros(2, 4, 12))
-    with pytest.raises((ValueError, TypeError), match=r"one boolean each|dropped"):
+    with pytest.raises((ValueError, TypeError), match=r"one value for each row|dropped"):
         Conditioning(grid(), torch.zeros(2, dtype=torch.bool))
+
+
+def control(batch_size=3, height=4, width=6, channels=2):
+    size = batch_size * channels * height * width
+    return torch.arange(float(size)).reshape(batch_size, channels, height, width)
+
+
+def text(batch_size=3, tokens=5, dim=7):
+    return torch.arange(float(batch_size * tokens * dim)).reshape(batch_size, tokens, dim)
+
+
+class TestTextAndControl:
+    """They travel with the embeddings, row by row."""
+
+    @pytest.fixture
+    def whole(self):
+        return Conditioning(
+            grid(),
+            torch.tensor([False, True, False]),
+            text(),
+            control(),
+            torch.tensor([1.0, 1.0, 0.0]),
+            encoder={"name": "small"},
+        )
+
+    def test_rows_are_selected_and_repeated_together(self, whole):
+        last = whole.select([2, 1])
+        assert torch.equal(last.text_states, text()[[2, 1]])
+        assert torch.equal(last.control_latents, control()[[2, 1]])
+        assert last.control_scale.tolist() == [0.0, 1.0]
+        assert last.dropped.tolist() == [False, True]
+        assert last.encoder == {"name": "small"}
+        twice = whole.repeat(2)
+        assert torch.equal(twice.control_latents[3], control()[1])
+        assert torch.equal(twice.text_states[5], text()[2])
+        assert twice.control_scale.tolist() == [1, 1, 1, 1, 0, 0]
+
+    def test_joining_what_was_taken_apart_gives_the_whole(self, whole):
+        again = Conditioning.cat([whole.select([0]), whole.select([1, 2])])
+        for name in ("embedding_grid", "dropped", "text_states", "control_latents", "control_scale"):
+            assert torch.equal(getattr(again, name), getattr(whole, name))
+        assert again.encoder == {"name": "small"}
+
+    def test_dropped_rows_get_the_text_that_stands_for_no_condition(self, whole):
+        nothing = -torch.ones(5, 7)
+        states = whole.text(nothing, 3)
+        assert torch.equal(states[1], nothing)
+        assert torch.equal(states[::2], text()[::2])
+        assert torch.equal(Conditioning().text(nothing, 2), nothing.expand(2, -1, -1))
+
+    def test_text_of_another_length_or_width_is_refused(self, whole):
+        with pytest.raises(ModelError, match="5 text states 7 wide were given; those of no condition are 6"):
+            whole.text(torch.zeros(6, 7), 3)
+        with pytest.raises(ModelError, match="2 samples were given with 3 conditions"):
+            whole.text(torch.zeros(5, 7), 2)
+
+    def test_a_row_has_a_control_unless_it_is_dropped_or_scaled_to_nothing(self, whole):
+        assert whole.controlled.tolist() == [True, False, False]
+        assert Conditioning(grid()).controlled is None
+        assert Conditioning(control_latents=control()).controlled.all()
+        assert not whole.dropped_everywhere().controlled.any()
+
+    def test_control_alone_can_be_dropped(self):
+        conditioning = Conditioning(grid(), control_latents=control())
+        without = conditioning.drop_control(torch.tensor([True, False, True]))
+        assert without.controlled.tolist() == [False, True, False]
+        assert without.dropped is None
+        assert torch.equal(without.tokens(NULL, 3), grid().flatten(1, 2))
+        assert Conditioning(grid()).drop_control(torch.ones(3, dtype=torch.bool)).control_latents is None
+
+    def test_joined_to_controlled_rows_others_have_no_control(self):
+        joined = Conditioning.cat([Conditioning(grid(1)), Conditioning(grid(3), control_latents=control())])
+        assert joined.controlled.tolist() == [False, True, True, True]
+        assert torch.equal(joined.control_latents[1:], control())
+
+    def test_control_needs_no_embeddings(self):
+        conditioning = Conditioning(control_latents=control())
+        assert conditioning.batch_size == 3
+        assert torch.equal(conditioning.tokens(NULL, 3), NULL.expand(3, -1, -1))
+        assert conditioning.dropped_everywhere().dropped.all()
+
+    def test_a_window_gets_the_control_under_it(self):
+        conditioning = Conditioning(grid(1, 2, 3), control_latents=control(1, 64, 96))
+        window = conditioning.window(Box(x=32, y=0, width=64, height=32))
+        assert torch.equal(window.control_latents, control(1, 64, 96)[:, :, :32, 32:])
+        assert torch.equal(window.embedding_grid, grid(1, 2, 3)[:, :1, 1:])
+        anywhere = Conditioning(text_states=text(1), control_latents=control(1, 64, 96))
+        assert anywhere.window(Box(x=5, y=7, width=2, height=3)).control_latents.shape == (1, 2, 3, 2)
+        assert torch.equal(anywhere.window(Box(x=5, y=7, width=2, height=3)).text_states, text(1))
+        with pytest.raises(ValueError, match="outside control latents of 64 x 96"):
+            anywhere.window(Box(x=95, y=0, width=2, height=2))
+
+    def test_a_dtype_is_for_conditions_and_not_for_scales(self, whole):
+        half = whole.to(dtype=torch.bfloat16)
+        assert {half.embedding_grid.dtype, half.text_states.dtype, half.control_latents.dtype} == {
+            torch.bfloat16
+        }
+        assert half.control_scale.dtype == torch.float32
+        assert half.dropped.dtype == torch.bool
+
+    def test_conditions_of_different_numbers_do_not_belong_together(self):
+        with pytest.raises(ModelError, match="3 embeddings, 2 text states"):
+            Conditioning(grid(), text_states=text(2))
+
+    def test_embeddings_of_two_encoders_do_not_belong_together(self):
+        parts = [Conditioning(grid(1), encoder={"name": name}) for name in ("uni2-h", "phikon")]
+        with pytest.raises(ModelError, match="different encoders"):
+            Conditioning.cat(parts)
+        known_once = Conditioning.cat([parts[0], Conditioning(grid(1))])
+        assert known_once.encoder == {"name": "uni2-h"}
+
+    def test_numbers_that_are_none_are_refused_wherever_they_are(self, whole):
+        bad = text()
+        bad[2, 0, 0] = float("nan")
+        with pytest.raises(ModelError, match=r"text states of sample\(s\) 2"):
+            Conditioning(text_states=bad).check_finite()
+        bad = control()
+        bad[0, 0, 0, 0] = float("inf")
+        with pytest.raises(ModelError, match=r"control latents of sample\(s\) 0"):
+            Conditioning(grid(), control_latents=bad).check_finite()
+        whole.check_finite()
+
+    def test_scales_without_control_are_a_programming_error(self):
+        with pytest.raises((ValueError, TypeError), match="there are none"):
+            Conditioning(grid(), control_scale=torch.ones(3))

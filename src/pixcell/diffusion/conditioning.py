@@ -52,8 +52,8 @@ class Conditioning:
 
     embedding_grid: Float[Tensor, "batch rows columns dim"] | None = None
     dropped: Bool[Tensor, " batch"] | None = None
-    text_states: Float[Tensor, "batch tokens text_dim"] | None = None
-    control_latents: Float[Tensor, "batch channels height width"] | None = None
+    text_states: Float[Tensor, "_ tokens text_dim"] | None = None
+    control_latents: Float[Tensor, "_ channels height width"] | None = None
     control_scale: Float[Tensor, " batch"] | None = None
     encoder: Mapping[str, Any] | None = None
 
