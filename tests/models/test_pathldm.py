@@ -107,10 +107,14 @@ def test_the_published_configuration_is_what_is_built(unet_case):
     assert {key: own[key] for key in about["diffusers_config"]} == about["diffusers_config"]
 
 
-def test_one_head_is_as_wide_as_its_level():
+def test_heads_are_as_many_as_ldm_has():
     """The trap: diffusers' argument that is called the width of a head is their number."""
     heads = [module.heads for name, module in tiny_unet().named_modules() if name.endswith("attn2")]
     assert set(heads) == {1}
+    heads = [
+        module.heads for name, module in tiny_unet(num_heads=4).named_modules() if name.endswith("attn2")
+    ]
+    assert set(heads) == {4}
     heads = [
         (module.heads, module.inner_dim // module.heads)
         for name, module in tiny_unet(num_heads=-1, num_head_channels=16).named_modules()
@@ -230,6 +234,27 @@ def test_the_kl_autoencoder_gives_the_published_numbers():
     mean, std = codec.encode(tensors["in.image"] / 2 + 0.5)
     torch.testing.assert_close(codec.normalise(mean), tensors["out.mean"], **CLOSE)
     torch.testing.assert_close(std, (tensors["out.logvar"] / 2).exp(), **CLOSE)
+
+
+@torch.no_grad()
+def test_attention_of_a_level_is_that_of_ldm():
+    """vq-f8 has it; the tiny cases do not. One head over all positions, on 1 x 1 convolutions."""
+    stage = tiny_first_stage(attn_resolutions=[8])
+    state, x = to_ldm(stage), torch.randn(1, 32, 4, 6, generator=torch.Generator().manual_seed(0))
+    for ours, theirs in (("down_blocks.2", "encoder.down.2"), ("up_blocks.0", "decoder.up.2")):
+        side = stage.encoder if "down" in ours else stage.decoder
+        inside = torch.nn.functional.group_norm(
+            x, 32, state[f"{theirs}.attn.0.norm.weight"], state[f"{theirs}.attn.0.norm.bias"], eps=1e-6
+        )
+
+        def layer(name, inside, theirs=theirs):
+            weight, bias = (state[f"{theirs}.attn.0.{name}.{kind}"] for kind in ("weight", "bias"))
+            return torch.nn.functional.conv2d(inside, weight, bias)
+
+        q, k, v = (layer(name, inside).flatten(2) for name in "qkv")
+        scores = (q.transpose(1, 2) @ k / 32**0.5).softmax(dim=-1)
+        expected = x + layer("proj_out", (v @ scores.transpose(1, 2)).view_as(x))
+        torch.testing.assert_close(side.get_submodule(f"{ours}.attentions.0")(x), expected, **CLOSE)
 
 
 def test_latents_are_not_scaled_unless_asked():

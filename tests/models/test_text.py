@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from golden_vectors import load
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
-from pixcell.models.pathldm_layout import from_ldm
-from pixcell.models.text import TextEncoder, encode_tokens, load_text_tower
+from pixcell.models.pathldm_layout import from_ldm, to_ldm
+from pixcell.models.text import TextEncoder, encode_tokens, load_text_tower, load_tokenizer
 from pixcell.models.weights import fit_weights
 from tiny_pathldm import WIDTH, tiny_text_tower, tiny_tokenizer
 
@@ -172,9 +172,10 @@ def test_what_is_no_text_is_refused(prompts):
         encoder().tokenize(prompts)
 
 
-def test_a_tokenizer_of_another_model_is_refused():
+@pytest.mark.parametrize("size", [50, 500])
+def test_a_tokenizer_of_another_model_is_refused(size):
     with pytest.raises(ModelError, match="not of the same model"):
-        TextEncoder(tiny_text_tower(vocab_size=50, bos_token_id=48, eos_token_id=49), tiny_tokenizer())
+        TextEncoder(tiny_text_tower(vocab_size=size, bos_token_id=1, eos_token_id=2), tiny_tokenizer())
 
 
 def test_states_are_float32_whatever_the_tower_computes_in():
@@ -209,13 +210,12 @@ def test_a_pipeline_folder_is_a_text_encoder_too(tmp_path):
     assert torch.equal(TextEncoder.from_pretrained(tmp_path)("til").states, encoder()("til").states)
 
 
-def whole_clip(folder, **vision):
-    """Save a whole CLIP whose text tower is the tiny one; as a pickle with the names of old versions."""
+def whole_clip(folder):
+    """Describe a whole CLIP whose text tower is the tiny one; return its tensors, named as of old."""
     tower = tiny_text_tower()
     config = {"model_type": "clip", "text_config": tower.config.to_dict(), "vision_config": {}}
     (folder / "config.json").write_text(json.dumps(config))
-    names = {name: "text_model." + name.removeprefix("text_model.") for name in tower.state_dict()}
-    state = {names[name]: value for name, value in tower.state_dict().items()}
+    state = to_ldm(tower)
     state |= {"text_model.embeddings.position_ids": torch.arange(77)[None], "logit_scale": torch.ones(())}
     state |= {"vision_model.class_embedding": torch.zeros(4), "text_projection.weight": torch.zeros(4, 4)}
     return state
@@ -264,6 +264,8 @@ def test_missing_files_are_named(folder, tmp_path):
         (folder / file).unlink(missing_ok=True)
     with pytest.raises(MissingWeights, match="no tokenizer"):
         TextEncoder.from_pretrained(folder)
+    with pytest.raises(MissingWeights, match="no tokenizer"):  # transformers would make one without words
+        load_tokenizer(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingWeights, match=r"config\.json"):
         TextEncoder.from_pretrained(tmp_path / "empty")

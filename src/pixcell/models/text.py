@@ -43,6 +43,7 @@ __all__ = [
     "TextStates",
     "encode_tokens",
     "load_text_tower",
+    "load_tokenizer",
 ]
 
 _log = logging.getLogger(__name__)
@@ -160,7 +161,8 @@ class TextEncoder:
         self.length = _places(policy, length, self.window)
         if too_long not in get_args(TooLong):
             raise ModelError(f"too_long {too_long!r} is not known; choose error or truncate.")
-        if len(tokenizer) > config.vocab_size:
+        # Not only fewer: a tokenizer that lost its words numbers every text alike, without an error.
+        if len(tokenizer) != config.vocab_size:
             raise ModelError(
                 f"the tokenizer knows {len(tokenizer)} tokens, the text tower {config.vocab_size}: "
                 "they are not of the same model."
@@ -199,7 +201,7 @@ class TextEncoder:
         folder, name = _find(str(name_or_path), download)
         weights, words = folder / "text_encoder", folder / "tokenizer"
         tower = load_text_tower(weights if weights.is_dir() else folder, dtype=dtype).to(device)
-        tokenizer = _load_tokenizer(words if words.is_dir() else folder)
+        tokenizer = load_tokenizer(words if words.is_dir() else folder)
         return cls(tower, tokenizer, policy=policy, length=length, too_long=too_long, name=name)
 
     @property
@@ -363,7 +365,16 @@ def _tower_only(state: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
     return tower
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a CLIP.
+
+    Args:
+        folder: With ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
+
+    Raises:
+        MissingWeights: If they are not there: without them transformers would make one that knows no word.
+        ModelError: If they are damaged.
+    """
     from transformers import CLIPTokenizer
 
     if not (folder / "tokenizer.json").is_file() and not (
