@@ -48,6 +48,7 @@ __all__ = [
     "UnknownResolution",
     "UnreadableSlide",
     "WrongWeights",
+    "listed",
 ]
 
 
@@ -181,3 +182,8 @@ class SomeFailed(PixCellError):
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """Errors travel between processes; the default pickling keeps only the message."""
         return type(self), (self.what, self.failures, self.table, self.result)
+
+
+def listed(values: Sequence[object], most: int = 5) -> str:
+    """Return values as a message names them: the first few, and dots if there are more."""
+    return ", ".join(str(value) for value in values[:most]) + (", ..." if len(values) > most else "")

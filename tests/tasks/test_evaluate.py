@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pixcell.data.drawn import draw_tissue
-from pixcell.errors import EvaluationError, OutputError, UnreadableSlide
+from pixcell.errors import EvaluationError, OutputError, StoreError, UnreadableSlide
 from pixcell.evaluation.report import Report
 from pixcell.provenance import save_synthetic_png
 from pixcell.tasks.evaluate import evaluate
@@ -214,11 +214,20 @@ def test_tiles_of_a_store_are_cut_to_the_size_of_the_samples(folders, tmp_path, 
         tiles = tissue[slide * 4 : slide * 4 + 4]
         buffer = io.BytesIO()
         Image.fromarray(np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])])).save(buffer, format="JPEG")
-        tile = Tile(f"s{slide}", 0, 0, 2 * SIDE, 0.5, 1.0, 0.0, 1.0)
+        split = {"split": "train" if slide < 2 else "test"}
+        tile = Tile(f"s{slide}", 0, 0, 2 * SIDE, 0.5, 1.0, 0.0, 1.0, attributes=split)
         store.write_images(f"s{slide}", [(tile, buffer.getvalue())], {"name": f"s{slide}"})
     report = evaluate(store.path, folders[1], out=tmp_path / "r.json", **FAST)
     assert (report.real.kind, report.real.num_pictures, report.real.num_fields) == ("store", 4, 16)
     assert (report.settings["field_size"], report.settings["split_unit"]) == (SIDE, "slide")
+
+    held_out = evaluate(store.path, folders[1], out=tmp_path / "test.json", where={"split": ["test"]}, **FAST)
+    assert (held_out.real.num_pictures, held_out.real.num_fields) == (2, 8)
+    assert held_out.settings["where"] == {"split": ["test"]}
+    with pytest.raises(StoreError, match=r"split is validation\. Values there: test, train"):
+        evaluate(store.path, folders[1], out=tmp_path / "r.json", where={"split": ["validation"]}, **FAST)
+    with pytest.raises(EvaluationError, match="only tiles of a store have attributes"):
+        evaluate(*folders, out=tmp_path / "r.json", where={"split": ["test"]}, **FAST)
 
 
 def test_an_own_extractor_is_as_good_as_a_named_one(folders, tmp_path):

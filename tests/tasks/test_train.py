@@ -193,3 +193,9 @@ def test_the_published_stages_have_the_values_of_the_paper(name, steps, batch, s
         72,
         2,
     )
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", "tab\there"])
+def test_a_recipe_cannot_name_a_folder_outside_runs(recipe, name):
+    with pytest.raises(RecipeError, match="cannot name a run's folder"):
+        parse_recipe(TrainRecipe, recipe().model_dump(mode="json") | {"name": name})

@@ -8,7 +8,6 @@ are counted in row-major order.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,8 +17,9 @@ import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from pixcell.data.index import tiles_where
 from pixcell.data.sealed import OpenFiles
-from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch
+from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch, listed
 from pixcell.geometry import Box
 
 __all__ = ["FieldDataset", "TileColumn", "TileImages", "TileSource"]
@@ -249,14 +249,14 @@ class _Part:
         if size <= 0 or source.tile_size % size:
             raise StoreMismatch(
                 f"fields of {size} px cannot be cut from tiles of {source.tile_size} px. "
-                f"Sizes that fit: {_listed(_divisors(source.tile_size))}."
+                f"Sizes that fit: {listed(_divisors(source.tile_size))}."
             )
         self.source = source
         self.fields_per_side = source.tile_size // size
         self.fields_per_tile = self.fields_per_side**2
         names = {"latents": latents, "embeddings": embeddings}
         self._cuts = {kind: self._cut(kind, name, size) for kind, name in names.items() if name}
-        rows = _chosen(source.index(), where)
+        rows = tiles_where(source.index(), where)
         self.slide_ids: list[str] = pc.unique(rows["slide_id"]).to_pylist()
         self._complete_in(names)
         self.slide = pc.index_in(rows["slide_id"], pa.array(self.slide_ids, rows["slide_id"].type)).to_numpy()
@@ -288,7 +288,7 @@ class _Part:
             if missing:
                 raise MissingColumn(
                     f"column {names[kind]!r} lacks {len(missing)} of {len(self.slide_ids)} slides "
-                    f"({_listed(missing)}). Run `pixcell encode` to complete it."
+                    f"({listed(missing)}). Run `pixcell encode` to complete it."
                 )
 
     def must_equal(self, first: "_Part") -> None:
@@ -348,34 +348,5 @@ class _Part:
         return f"{self.slide_ids[self.slide[tile]]}/{self.x[tile]}_{self.y[tile]}/{row}_{column}"
 
 
-def _chosen(index: pa.Table, where: Mapping[str, Sequence[str]]) -> pa.Table:
-    """Return the rows of the tiles that have one of the wanted values of every attribute."""
-    if not len(index):
-        raise StoreError("the store holds no tiles yet. Run `pixcell tile` first.")
-    texts = (pa.string(), pa.large_string())
-    attributes = [field.name for field in index.schema if field.type in texts]
-    for attribute, values in where.items():
-        if isinstance(values, str):
-            raise TypeError(f"where[{attribute!r}] is a list of values, not {values!r}")
-        if attribute not in attributes:
-            near = get_close_matches(attribute, attributes, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Attributes: {_listed(attributes)}."
-            raise StoreError(f"no tile of the store has an attribute {attribute!r}.{hint}")
-        kept = index.filter(
-            pc.is_in(index[attribute], pa.array([str(value) for value in values], index[attribute].type))
-        )
-        if not len(kept):
-            there = sorted(str(value) for value in pc.unique(index[attribute]).to_pylist())
-            raise StoreError(
-                f"no tile remains where {attribute} is {_listed(values)}. Values there: {_listed(there)}."
-            )
-        index = kept
-    return index.select(["slide_id", "tile", "x", "y"])
-
-
 def _divisors(number: int) -> list[int]:
     return [size for size in range(32, number + 1) if number % size == 0]
-
-
-def _listed(values: Sequence[object], most: int = 5) -> str:
-    return ", ".join(str(value) for value in values[:most]) + (", ..." if len(values) > most else "")

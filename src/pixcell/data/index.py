@@ -6,7 +6,8 @@ depends on the tiles only, and may be deleted at any time.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pixcell.data.images import ImageShard
-from pixcell.errors import OutputError
+from pixcell.errors import OutputError, StoreError, listed
 from pixcell.files import write_whole
 
-__all__ = ["INDEX_COLUMNS", "up_to_date_index"]
+__all__ = ["INDEX_COLUMNS", "tiles_where", "up_to_date_index"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,3 +104,37 @@ def _rows_of(shard: ImageShard) -> pa.Table:
     for name in sorted({name for tile in tiles for name in tile["attributes"]}):
         columns[name] = pa.array([tile["attributes"].get(name) for tile in tiles], _TEXT)
     return pa.table(columns)
+
+
+def tiles_where(index: pa.Table, where: Mapping[str, Sequence[str]]) -> pa.Table:
+    """Return the rows of the tiles that have one of the wanted values of every attribute.
+
+    Args:
+        index: Of a store.
+        where: Values by attribute, such as ``{"split": ["train"]}``; all must hold. Empty: every tile.
+
+    Raises:
+        StoreError: If the store is empty, no tile has such an attribute, or none remains.
+        TypeError: If values are a string instead of a list of strings.
+    """
+    if not len(index):
+        raise StoreError("the store holds no tiles yet. Run `pixcell tile` first.")
+    texts = (pa.string(), pa.large_string())
+    attributes = [field.name for field in index.schema if field.type in texts]
+    for attribute, values in where.items():
+        if isinstance(values, str):
+            raise TypeError(f"where[{attribute!r}] is a list of values, not {values!r}")
+        if attribute not in attributes:
+            near = get_close_matches(attribute, attributes, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Attributes: {listed(attributes)}."
+            raise StoreError(f"no tile of the store has an attribute {attribute!r}.{hint}")
+        kept = index.filter(
+            pc.is_in(index[attribute], pa.array([str(value) for value in values], index[attribute].type))
+        )
+        if not len(kept):
+            there = sorted(str(value) for value in pc.unique(index[attribute]).to_pylist())
+            raise StoreError(
+                f"no tile remains where {attribute} is {listed(values)}. Values there: {listed(there)}."
+            )
+        index = kept
+    return index

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pixcell.data.images import ImageShard
+from pixcell.data.index import tiles_where
 from pixcell.data.slides import Slide
 from pixcell.data.store import TileStore
-from pixcell.errors import EvaluationError
+from pixcell.errors import EvaluationError, listed
 from pixcell.files import sha256_of
 from pixcell.geometry import Box
 from pixcell.parallel import default_workers
@@ -82,18 +83,29 @@ class PictureSet:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, where: Mapping[str, Sequence[str]] | None = None) -> Self:
         """List the pictures of a folder (recursive, sorted by name) or of a store.
 
+        Args:
+            path: Of either.
+            where: Take only tiles of a store with these attributes, such as ``{"split": ["test"]}``.
+
         Raises:
-            EvaluationError: If there are no pictures.
+            EvaluationError: If there are no pictures, or a folder was to be chosen from by attributes.
+            StoreError: If no tile has such attributes.
             UnreadableSlide: If a file is not an image; names it.
         """
         if not path.exists():
             raise EvaluationError(f"there is no {path}.")
         if path.is_file():
             raise EvaluationError(f"{path} is a file; give a folder of pictures, or a tile store.")
-        return cls._of_store(path) if (path / "store.json").is_file() else cls._of_folder(path)
+        if (path / "store.json").is_file():
+            return cls._of_store(path, where or {})
+        if where:
+            raise EvaluationError(
+                f"{path} is a folder; only tiles of a store have attributes ({listed(list(where))})."
+            )
+        return cls._of_folder(path)
 
     @classmethod
     def _of_folder(cls, folder: Path) -> Self:
@@ -119,17 +131,25 @@ class PictureSet:
         return cls(folder, "folder", pictures, left_out=left_out)
 
     @classmethod
-    def _of_store(cls, path: Path) -> Self:
+    def _of_store(cls, path: Path, where: Mapping[str, Sequence[str]]) -> Self:
         store = TileStore.open(path)
         size = store.tile_size
-        pictures = []
-        for slide_id in store.slide_ids():
-            with store.images(slide_id) as shard:
-                for row, tile in enumerate(shard.tiles):
-                    name = f"{slide_id}/{tile['x']}_{tile['y']}"
-                    pictures.append(Picture(name, slide_id, size, size, None, (slide_id, row), tile["name"]))
-        if not pictures:
+        index = store.index()
+        if not len(index):
             raise EvaluationError(f"the store {path} holds no tiles. Fill it with `pixcell tile`.")
+        tiles = tiles_where(index, where).select(["slide_id", "tile", "x", "y", "name"]).to_pylist()
+        pictures = [
+            Picture(
+                f"{tile['slide_id']}/{tile['x']}_{tile['y']}",
+                tile["slide_id"],
+                size,
+                size,
+                None,
+                (tile["slide_id"], tile["tile"]),
+                tile["name"],
+            )
+            for tile in tiles
+        ]
         return cls(path, "store", pictures, store=store)
 
     def __len__(self) -> int:

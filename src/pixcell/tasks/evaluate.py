@@ -34,6 +34,7 @@ def evaluate(
     extractor: str | Extractor = "stain-texture",
     extractor_weights: Path | None = None,
     out: Path = Path("report.json"),
+    where: Mapping[str, Sequence[str]] | None = None,
     pairs: bool = True,
     references: Path | None = None,
     field_size: int | None = None,
@@ -55,6 +56,7 @@ def evaluate(
         extractor: ``"inception"``, the name of an encoder, or an object that turns pictures into features.
         extractor_weights: Its weights on disk.
         out: The JSON file; a folder means ``report.json`` in it.
+        where: Which tiles of a real store to take, such as ``{"split": ["test"]}``. None: all.
         pairs: Whether to compare pictures with their references.
         references: Folder (or store) of the pictures that were imitated, where they are not among the real.
         field_size: Cut pictures of both sets into squares of this many pixels first. None: whole pictures;
@@ -84,7 +86,7 @@ def evaluate(
     ):
         if number is not None and number < least:
             raise EvaluationError(f"{name} must be at least {least}, not {number}.")
-    all_real, all_synthetic = PictureSet.open(real), PictureSet.open(synthetic)
+    all_real, all_synthetic = PictureSet.open(real, where), PictureSet.open(synthetic)
     field_size = field_size or _field_of_store(all_real, all_synthetic)
     warnings = check_comparable(all_real, all_synthetic, field_size)
     real_set, synthetic_set = all_real.chosen(max_images, seed), all_synthetic.chosen(max_images, seed)
@@ -142,6 +144,7 @@ def evaluate(
         measures=measures,
         pairs=figures,
         settings={
+            "where": where,
             "field_size": field_size,
             "max_images": max_images,
             "references": None if references is None else str(references),

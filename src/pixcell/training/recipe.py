@@ -7,12 +7,13 @@ the model that a stage starts from.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pixcell.config import Config
 from pixcell.console import console
@@ -91,11 +92,19 @@ class TrainRecipe(Config):
     """A whole training run."""
 
     name: str = Field(min_length=1)
+    """Also of the run's folder, unless another one is given."""
     data: DataConfig
     model: Annotated[AutoencoderConfig | TransformerConfig, Field(discriminator="name")]
     objective: Annotated[AutoencodingConfig | DenoisingConfig, Field(discriminator="name")]
     optimizer: OptimizerConfig = AdamWConfig()
     trainer: TrainerConfig
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+            raise ValueError(f"{name!r} cannot name a run's folder; leave out slashes and control characters")
+        return name
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
