@@ -1,10 +1,12 @@
 """Rates over time, and averages of weights."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from golden_vectors import load, weights
+from golden_vectors import FOLDER, load, weights
 from pixcell.config import Config, parse_recipe
 from pixcell.errors import RecipeError, RunError
 from pixcell.training.optimizers import (
@@ -21,6 +23,14 @@ from pixcell.training.optimizers import (
 def test_warm_up_rises_in_a_line_to_the_full_rate(schedule):
     config = AdamWConfig(lr=2.0, warmup_steps=4, schedule=schedule)
     assert [learning_rate(config, step, 100) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_warm_up_is_that_of_pathldm_a_step_ahead():
+    """The published one begins at a millionth, so that its first step changes nothing; else they agree."""
+    published = json.loads((FOLDER / "pathldm-prompts.json").read_text())["lr_multiplier"]
+    config = AdamWConfig(lr=1.0, warmup_steps=1000)
+    for step in map(int, published.keys() - {"0"}):
+        assert learning_rate(config, step - 1, 200_000) == pytest.approx(published[str(step)], abs=1e-6)
 
 
 def test_a_constant_rate_does_not_know_how_long_the_run_is():
