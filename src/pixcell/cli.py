@@ -193,6 +193,10 @@ def sample(
     like: Annotated[
         list[Path] | None, Option(help="A picture, or a folder of them, whose tissue to imitate. Repeatable.")
     ] = None,
+    prior: Annotated[
+        Path | None, Option(help="Draw conditions from a prior that 'pixcell prior' fitted.")
+    ] = None,
+    label: Annotated[str | None, Option(help="Draw this label's tissue only (with --prior).")] = None,
     unconditional: Annotated[bool, Option("--unconditional", help="Imitate nothing.")] = False,
     count: Annotated[int, Option(help="How many pictures in all.")] = 16,
     seed: Annotated[int, Option(help="Same seed, same pictures.")] = 0,
@@ -220,6 +224,8 @@ def sample(
                 "model": model,
                 "out": out,
                 "like": like or [],
+                "prior": prior,
+                "label": label,
                 "unconditional": unconditional,
                 "count": count,
                 "seed": seed,
@@ -228,6 +234,49 @@ def sample(
                 "batch_size": batch_size,
                 "source_mpp": source_mpp,
                 "device": device,
+                "overwrite": overwrite,
+            },
+            set_,
+        )
+    )
+
+
+@app.command()
+def prior(
+    store: Annotated[Path, Argument(help="A store with a column of embeddings.")],
+    out: Annotated[Path, Argument(help="The folder of the prior.")],
+    column: Annotated[
+        str | None, Option(help="The column of embeddings; by default the only one there is.")
+    ] = None,
+    size: Annotated[
+        int | None, Option(help="Side of the model's pictures, in pixels; by default one field.")
+    ] = None,
+    by: Annotated[
+        str | None, Option(help="Attribute (label, organ, ...) whose values can then be asked for.")
+    ] = None,
+    components: Annotated[int, Option(help="Gaussians per label; more than 1 is a mixture.")] = 1,
+    prototypes: Annotated[int, Option(help="Real fields to choose per label, with their pictures.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a prior that is there.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Fit a prior to embeddings, to sample without references.
+
+    Example: pixcell prior stores/brca priors/brca --by label --components 4
+    """
+    from pixcell.tasks.prior import fit_prior
+
+    results.print(
+        _call(
+            "prior",
+            fit_prior,
+            {
+                "store": store,
+                "out": out,
+                "column": column,
+                "size": size,
+                "by": by,
+                "components": components,
+                "prototypes": prototypes,
                 "overwrite": overwrite,
             },
             set_,
@@ -329,6 +378,61 @@ def export_(
     from pixcell.tasks.published import export_published_layout
 
     results.print(_call("export", export_published_layout, {"store": store, "root": published}, set_))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, Argument(help="A file, a folder, a published name, or owner/name on the hub.")],
+    dest: Annotated[Path, Argument(help="The folder to write; it must not exist.")],
+    kind: Annotated[
+        str | None, Option("--as", help="What it is, where the names of its tensors should not decide.")
+    ] = None,
+    weights: Annotated[
+        Literal["auto", "ema", "raw"],
+        Option(help="Of a training checkpoint: averaged, trained, or averaged ones if there are any."),
+    ] = "auto",
+    precision: Annotated[
+        Literal["stored", "fp32", "bf16", "fp16"], Option(help="Number format to write.")
+    ] = "stored",
+    vae: Annotated[
+        str | None, Option(help="Autoencoder that makes a denoiser a pipeline: a folder, or a name (sd3.5).")
+    ] = None,
+    base: Annotated[str | None, Option(help="The denoiser that adapters alone belong to.")] = None,
+    heads: Annotated[
+        int | None, Option(min=1, help="Attention heads, where nothing tells; published: 72 wide.")
+    ] = None,
+    skip_objects: Annotated[
+        bool,
+        Option("--skip-objects", help="Leave out what is no tensor of a pickle, instead of refusing it."),
+    ] = False,
+    download: Annotated[bool, Option("--download", help="Fetch what is not on this machine.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Turn published weights into safetensors in the diffusers layout, with a model card.
+
+    Example: pixcell convert pixcell_256.ckpt models/pixcell-256 --vae weights/sd3.5-vae
+    """
+    from pixcell.tasks.convert import convert as convert_weights
+
+    results.print(
+        _call(
+            "convert",
+            convert_weights,
+            {
+                "source": source,
+                "dest": dest,
+                "kind": kind,
+                "weights": weights,
+                "precision": precision,
+                "vae": vae,
+                "base": base,
+                "heads": heads,
+                "skip_objects": skip_objects,
+                "download": download,
+            },
+            set_,
+        )
+    )
 
 
 @app.command()

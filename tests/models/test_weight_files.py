@@ -243,6 +243,7 @@ def test_a_whole_pickled_model_is_refused(tmp_path):
         open_weights(tmp_path / "model.pth", skip_objects=True)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_plain_pickle_is_no_weight_file(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(WrongWeights, match=r"x\.bin"):

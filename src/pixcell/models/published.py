@@ -116,7 +116,8 @@ def open_published(
     place, origin = find_source(source, download=download)
     options = Options(which, skip_objects, num_attention_heads, dict(config or {}), base)
     if kind == "pipeline" or (kind is None and (place / "model_index.json").is_file()):
-        return Published("pipeline", KINDS["pipeline"], place, origin, *_pipeline(place, options))
+        parts, notes = _pipeline(place, options)
+        return Published("pipeline", KINDS["pipeline"], place, origin, parts, tuple(notes))
     stored = open_weights(place, which=which, skip_objects=skip_objects)
     kind = kind or recognise(stored.shapes, str(place))
     parts, notes = OPENERS[kind](stored, place, options)
@@ -178,7 +179,8 @@ _MARKS: dict[str, Callable[[set[str]], bool]] = {
         or bool({"input_blocks.0.0.weight", "encoder.down.0.block.0.norm1.weight"} & names)
     ),
     "autoencoder": lambda names: (
-        {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= names or "decoder.body.0.weight" in names
+        {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= names
+        or {"colour_in.weight", "colour_out.weight"} <= names
     ),
 }
 

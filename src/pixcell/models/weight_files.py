@@ -34,6 +34,11 @@ Which = Literal["auto", "ema", "raw"]
 """Of a training checkpoint: averaged weights, those of the optimiser, or averaged ones if there are any."""
 
 _ROUND_BYTES = 128 << 20
+# No training saves these; a pickle that asks for them is a program.
+_ATTACKS = (
+    *("os.", "posix.", "nt.", "sys.", "subprocess.", "shutil.", "socket."),
+    *(f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__")),
+)
 _AVERAGED = "state_dict_ema"
 _TRAINED = ("state_dict", "model")
 # Buffers of the published training; see _trained_constants.
@@ -302,7 +307,7 @@ def _objects_in(path: Path) -> list[str]:
 
 def _needs_code(path: Path, names: Sequence[str], error: Exception) -> WrongWeights:
     asked = f"it asks for {', '.join(names[:5])}" if names else " ".join(str(error).split())[:200]
-    dangerous = [name for name in names if name.split(".")[0] in ("os", "posix", "nt", "sys", "subprocess")]
+    dangerous = [name for name in names if name.startswith(_ATTACKS)]
     if dangerous:
         return WrongWeights(
             f"{path} is not a file of tensors only: opening it would run {', '.join(dangerous)}. "

@@ -1,0 +1,383 @@
+"""Whatever a published file calls itself, its tensors say what it is; and all of them are used."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from golden_vectors import load, weights
+from pixcell.errors import MissingWeights, ModelError, WrongWeights
+from pixcell.models.adapters import add_lora, lora_state, merge_lora
+from pixcell.models.controlnet import PixCellControlNetModel
+from pixcell.models.published import KINDS, load_model, load_published, open_published, recognise
+from pixcell.models.published_layouts import original_from_diffusers
+from pixcell.models.published_sources import PUBLISHED_WEIGHTS, find_source
+from pixcell.models.transformer import PixCellTransformer2DModel
+from pixcell.models.translator import EmbeddingTranslator
+from tiny_models import awake, tiny_transformer
+
+TINY_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "force_upcast": True,
+    "sample_size": 1024,
+}
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def transformer():
+    return tiny_transformer()
+
+
+@pytest.fixture
+def original(transformer):
+    """The same denoiser in the original layout."""
+    return original_from_diffusers(transformer.state_dict(), transformer.pos_embed.pos_embed)
+
+
+# ── every kind, from the file that is published ──────────────────────────────────────────────────────
+
+
+def test_a_denoiser_folder_is_loaded_by_its_tensors_whatever_its_class_is_called(transformer, tmp_path):
+    """Published control pipelines call the same weights PixCellTransformer2DModelControlNet."""
+    transformer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    legacy = {
+        "double_self_attention": False,
+        "num_vector_embeds": None,
+        "_name_or_path": "pixart_256/transformer",
+    }
+    config |= legacy | {"_class_name": "PixCellTransformer2DModelControlNet"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pixcell_transformer_2d.py").write_text("raise SystemExit('the folder was run')")
+    published = open_published(tmp_path)
+    assert published.kind == "pixcell"
+    assert not published.notes
+    assert same(published.load()["transformer"], transformer)
+
+
+def test_a_denoiser_in_shards_is_the_same(transformer, tmp_path):
+    transformer.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    assert same(load_published(tmp_path)["transformer"], transformer)
+
+
+def test_a_single_file_needs_no_configuration(transformer, tmp_path):
+    """What shapes do not tell is said."""
+    save_file(transformer.state_dict(), tmp_path / "weights.safetensors")
+    published = open_published(
+        tmp_path / "weights.safetensors",
+        num_attention_heads=2,
+        config={"sample_size": 16, "interpolation_scale": 0.25},
+    )
+    assert "latents of 64 x 64" in published.notes[0]
+    model = published.load()["transformer"]
+    assert same(model, transformer)
+    assert {key: model.config[key] for key in transformer.config if key != "_use_default_values"} == {
+        key: value for key, value in transformer.config.items() if key != "_use_default_values"
+    }
+
+
+@pytest.mark.parametrize(("which", "shift"), [("auto", 1.0), ("ema", 1.0), ("raw", 0.0)])
+def test_the_original_layout_is_loaded_trained_or_averaged(transformer, original, tmp_path, which, shift):
+    averaged = {
+        name: value + 1.0 if name == "final_layer.linear.bias" else value for name, value in original.items()
+    }
+    content = {"state_dict": original, "state_dict_ema": averaged, "optimizer": {"state": {}}, "epoch": 4}
+    torch.save(content, tmp_path / "epoch_4.pth")
+    published = open_published(tmp_path / "epoch_4.pth", which=which, num_attention_heads=2)
+    assert published.kind == "pixcell-original"
+    model = published.load()["transformer"]
+    assert torch.equal(model.proj_out.bias, transformer.proj_out.bias + shift)
+    with torch.no_grad():
+        model.proj_out.bias -= shift
+        sample = [m(torch.ones(1, 4, 16, 16), 500, torch.ones(1, 4, 12)).sample for m in (model, transformer)]
+    torch.testing.assert_close(*sample, rtol=0, atol=1e-5)
+
+
+def test_the_original_layout_in_half_precision_is_loaded_as_it_is_or_as_asked(original, tmp_path):
+    torch.save({name: value.half() for name, value in original.items()}, tmp_path / "half.ckpt")
+    published = open_published(tmp_path / "half.ckpt", num_attention_heads=2)
+    assert published.load(None)["transformer"].dtype is torch.float16
+    assert published.load()["transformer"].dtype is torch.float32
+    assert published.load(torch.bfloat16)["transformer"].dtype is torch.bfloat16
+
+
+def test_a_position_table_that_is_not_the_models_is_refused(original, tmp_path):
+    """It would not be loaded, and pictures would be garbage without a word."""
+    save_file(
+        original | {"pos_embed": original["pos_embed"].roll(1, 1).contiguous()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(WrongWeights, match="position"):
+        open_published(tmp_path / "x.safetensors", num_attention_heads=2).load()
+
+
+def test_the_control_branch_is_loaded(transformer, tmp_path):
+    branch = awake(PixCellControlNetModel.from_transformer(transformer, control_positions=True))
+    branch.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"_class_name": "PixCellControlNet"}
+    del config["control_positions"]  # as published
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    published = open_published(tmp_path)
+    assert published.kind == "controlnet"
+    model = published.load()["controlnet"]
+    assert same(model, branch)
+    assert model.config.control_positions is True
+
+
+def test_a_branch_without_configuration_controls_one_block_more(transformer, tmp_path):
+    branch = PixCellControlNetModel.from_transformer(transformer)
+    save_file(branch.state_dict(), tmp_path / "branch.safetensors")
+    published = open_published(tmp_path / "branch.safetensors", num_attention_heads=2)
+    assert (published.load()["controlnet"].config.num_layers, len(branch.transformer_blocks)) == (2, 1)
+
+
+@pytest.fixture
+def adapted(transformer):
+    add_lora(transformer, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, value in lora_state(transformer).items():
+            if ".lora_B." in name:
+                value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    return transformer
+
+
+def test_a_whole_denoiser_with_adapters_in_it_is_loaded(adapted, tmp_path):
+    torch.save(adapted.state_dict(), tmp_path / "mist_her2_lora.pth")
+    published = open_published(
+        tmp_path / "mist_her2_lora.pth",
+        num_attention_heads=2,
+        config={"sample_size": 16, "interpolation_scale": 0.25},
+    )
+    assert published.kind == "lora"
+    assert same(published.load()["transformer"], adapted)
+
+
+def test_adapters_alone_are_added_to_their_denoiser(adapted, tmp_path):
+    torch.save(lora_state(adapted), tmp_path / "adapter.pth")
+    with pytest.raises(MissingWeights, match="--base"):
+        open_published(tmp_path / "adapter.pth")
+    published = open_published(tmp_path / "adapter.pth", base=tiny_transformer())
+    assert published.kind == "lora-adapter"
+    assert same(published.load()["transformer"], adapted)
+
+
+def test_merged_adapters_are_a_denoiser_again(adapted, tmp_path):
+    merge_lora(adapted)
+    save_file(adapted.state_dict(), tmp_path / "merged.safetensors")
+    assert recognise(load_file(tmp_path / "merged.safetensors")) == "pixcell"
+
+
+def test_the_translator_is_loaded_from_its_flat_state(tmp_path):
+    tensors, case = load("flow_mlp")
+    torch.save(weights(tensors), tmp_path / "mist_her2_mlp.pth")
+    published = open_published(tmp_path / "mist_her2_mlp.pth")
+    assert published.kind == "translator"
+    model = published.load()["translator"]
+    assert isinstance(model, EmbeddingTranslator)
+    assert {key: model.config[key] for key in case["config"]} == case["config"]
+
+
+def test_uni2h_is_loaded_from_its_pickle(tmp_path):
+    tensors, _ = load("uni_tiny_vit")
+    torch.save(weights(tensors), tmp_path / "pytorch_model.bin")
+    published = open_published(tmp_path / "pytorch_model.bin", num_attention_heads=2)
+    assert published.kind == "uni2-h"
+    state = published.load()["encoder"].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights(tensors).items())
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_the_autoencoder_is_loaded_with_its_scale(tmp_path, with_config):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**TINY_VAE)
+    vae.save_pretrained(tmp_path)
+    if not with_config:
+        (tmp_path / "config.json").unlink()
+    published = open_published(tmp_path)
+    assert published.kind == "autoencoder"
+    assert bool(published.notes) != with_config
+    loaded = published.load()["vae"]
+    assert same(loaded, vae)
+    assert (loaded.config.scaling_factor, loaded.config.shift_factor) == (1.5305, 0.0609)
+    pixels = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(pixels).latent_dist.mean, vae.eval().encode(pixels).latent_dist.mean)
+
+
+def test_an_autoencoder_whose_scale_nothing_tells_is_refused(tmp_path):
+    vae = AutoencoderKL(**TINY_VAE | {"latent_channels": 4})
+    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    with pytest.raises(ModelError, match="how its latents are scaled"):
+        open_published(tmp_path / "vae.safetensors")
+    given = open_published(tmp_path / "vae.safetensors", config={"scaling_factor": 0.18215})
+    assert given.load()["vae"].config.scaling_factor == 0.18215
+
+
+# ── pipelines ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def published_pipeline(folder, transformer, vae_weights=True):
+    """A folder as the published ones are: custom classes in the index, code beside the weights."""
+    transformer.save_pretrained(folder / "transformer")
+    AutoencoderKL(**TINY_VAE | {"latent_channels": 4}).save_pretrained(folder / "vae")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "DPMSolverMultistepScheduler"}'
+    )
+    index = {
+        "_class_name": "PixCellPipeline",
+        "transformer": ["pixcell_transformer_2d", "PixCellTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "transformer" / "pixcell_transformer_2d.py").write_text("raise SystemExit('run')")
+    if not vae_weights:
+        (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    return folder
+
+
+def test_a_published_pipeline_is_its_parts(transformer, tmp_path):
+    published = open_published(published_pipeline(tmp_path, transformer))
+    assert published.kind == "pipeline"
+    parts = published.load()
+    assert set(parts) == {"transformer", "vae"}
+    assert same(parts["transformer"], transformer)
+
+
+def test_an_autoencoder_that_is_kept_elsewhere_is_told(transformer, tmp_path):
+    published = open_published(published_pipeline(tmp_path, transformer, vae_weights=False))
+    assert set(published.parts) == {"transformer"}
+    assert published.notes == ("vae/ has a configuration and no weights",)
+
+
+def test_a_part_that_is_missing_is_named(transformer, tmp_path):
+    shutil.rmtree(published_pipeline(tmp_path, transformer) / "vae")
+    with pytest.raises(MissingWeights, match="names vae"):
+        open_published(tmp_path)
+
+
+# ── what does not fit ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_weights_of_no_known_model_are_refused_with_their_names(tmp_path):
+    save_file({"down.weight": torch.zeros(1), "up.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(WrongWeights, match=r"2 tensors of no model .*down\.weight, up\.weight.*--as"):
+        open_published(tmp_path / "x.safetensors")
+
+
+def test_a_kind_can_be_said_but_must_be_known(transformer, tmp_path):
+    save_file(transformer.state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=f"Choose one of {', '.join(KINDS)}"):
+        open_published(tmp_path / "x.safetensors", kind="dit")
+    with pytest.raises(WrongWeights, match="translator"):
+        open_published(tmp_path / "x.safetensors", kind="translator").load()
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_listed(original, tmp_path):
+    del original["blocks.1.attn.qkv.bias"], original["t_block.1.bias"]
+    original |= {"blocks.0.norm.weight": torch.zeros(3), "final_layer.linear.bias": torch.zeros(5)}
+    save_file(original, tmp_path / "x.safetensors")
+    with pytest.raises(WrongWeights) as caught:
+        load_published(tmp_path / "x.safetensors", num_attention_heads=2)
+    message = str(caught.value)
+    for part in (
+        "4 tensors missing",
+        "transformer_blocks.1.attn1.to_v.bias",
+        "adaln_single.linear.bias",
+        "1 tensors unexpected (blocks.0.norm.weight)",
+        "proj_out.bias (5,) instead of (32,)",
+    ):
+        assert part in message
+
+
+def test_a_configuration_with_an_unknown_setting_is_refused(transformer, tmp_path):
+    transformer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"qk_norm": "rms"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="sets qk_norm to rms"):
+        open_published(tmp_path)
+
+
+def test_a_configuration_of_another_size_is_refused(transformer, tmp_path):
+    transformer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WrongWeights, match=r"missing \(transformer_blocks\.2\."):
+        load_published(tmp_path)
+    with pytest.raises(WrongWeights, match=r"missing \(transformer_blocks\.2\."):
+        load_model(PixCellTransformer2DModel, tmp_path)
+
+
+def test_a_model_folder_without_configuration_is_refused_where_it_is_needed(transformer, tmp_path):
+    save_file(transformer.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(MissingWeights, match=r"no config\.json"):
+        load_model(PixCellTransformer2DModel, tmp_path)
+
+
+# ── where weights are looked for ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub whose cache is empty, and which must not be asked."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def snapshot_download(repository, **options):
+        asked.append(
+            (repository, options["allow_patterns"], options["local_files_only"], options["revision"])
+        )
+        raise LocalEntryNotFoundError("nothing here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_WEIGHTS))
+def test_nothing_is_downloaded_unasked(no_hub, name):
+    with pytest.raises(MissingWeights, match="downloading was not asked for"):
+        find_source(name)
+    assert no_hub == [(PUBLISHED_WEIGHTS[name].repository, no_hub[0][1], True, None)]
+    assert not any(pattern.endswith(".py") for pattern in no_hub[0][1])
+
+
+def test_a_place_on_the_hub_may_name_a_file_and_a_revision(no_hub):
+    with pytest.raises(MissingWeights):
+        find_source("owner/name/ckpts/a.pth@v2", download=True)
+    assert no_hub == [("owner/name", ["ckpts/a.pth"], False, "v2")]
+
+
+@pytest.mark.parametrize("path", ["no-such", "./no/such", "/no/such", "models/pixcell_256.ckpt", "../x/y"])
+def test_a_path_with_nothing_there_is_not_taken_for_the_hub(no_hub, path):
+    with pytest.raises(MissingWeights, match="neither a file, a folder"):
+        find_source(path)
+    assert not no_hub
+
+
+def test_what_comes_from_the_hub_knows_its_licence(monkeypatch, transformer, tmp_path):
+    import huggingface_hub
+
+    published_pipeline(tmp_path, transformer)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    published = open_published("pixcell-256")
+    assert published.origin.repository == "StonyBrook-CVLab/PixCell-256"
+    assert published.origin.licence == "Apache-2.0"
