@@ -285,6 +285,18 @@ def test_an_autoencoder_of_another_kind_is_refused(embed_dim, n_embed, changes, 
         first_stage_from_ldm(embed_dim=embed_dim, n_embed=n_embed, ddconfig=base | changes)
 
 
+def test_keys_of_the_training_are_no_matter_and_unknown_ones_are():
+    config = PATHLDM_FIRST_STAGES["vq-f4"] | {
+        "ddconfig": PATHLDM_FIRST_STAGES["vq-f4"]["ddconfig"] | {"ch": 32}
+    }
+    stage = first_stage_from_ldm(**config, lossconfig={"target": "any"}, monitor="val/rec_loss")
+    assert stage.config.num_vq_embeddings == 8192
+    with pytest.raises(ModelError, match=r"n_embd=4 \(not known\)"):
+        first_stage_from_ldm(**config, n_embd=4)
+    with pytest.raises(ModelError, match="remap='rows'"):
+        first_stage_from_ldm(**config, remap="rows")
+
+
 def test_an_incomplete_configuration_says_what_it_lacks():
     config = PATHLDM_FIRST_STAGES["vq-f4"]["ddconfig"]
     short = {key: value for key, value in config.items() if key not in ("ch_mult", "z_channels")}

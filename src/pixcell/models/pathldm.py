@@ -73,6 +73,19 @@ _STAGE_FIXED: dict[str, tuple[Any, ...]] = {
     "attn_type": ("vanilla",),
 }
 
+_STAGE_TRAINING = {
+    "lossconfig",
+    "monitor",
+    "ckpt_path",
+    "ignore_keys",
+    "image_key",
+    "colorize_nlabels",
+    "batch_resize_range",
+    "scheduler_config",
+    "lr_g_factor",
+    "use_ema",
+}
+
 
 def unet_from_ldm(
     *,
@@ -178,11 +191,14 @@ def first_stage_from_ldm(
         n_embed: Rows of the codebook; None: no codebook, but mean and variance (KL).
         scaling_factor: What raw latents are multiplied by. PathLDM uses 1.0. No KL variant of it was
             published; there the usual choice is 1 / std of the first training batch.
-        fixed: ``lossconfig``, ``monitor``, ``ckpt_path``, ... of a training, which describe no layer.
+        fixed: Further keys of ldm: those of the training (``lossconfig``, ``monitor``, ...), which describe
+            no layer, and others at the values that this network has.
 
     Raises:
         ModelError: If the configuration describes another kind of network.
     """
+    of_layers = {key: value for key, value in fixed.items() if key not in _STAGE_TRAINING}
+    _check_fixed("autoencoder", of_layers, {"remap": (None,), "sane_index_shape": (False,)})
     is_vq = n_embed is not None
     known = {"ch", "ch_mult", "num_res_blocks", "z_channels", "resolution", "attn_resolutions"}
     known |= {"in_channels", "out_ch", "double_z"}
