@@ -82,6 +82,8 @@ def test_uni2h_sees_what_the_published_extraction_saw():
     torch.testing.assert_close(
         seen.half(), tensors["out.model_input_half"], rtol=1e-3, atol=1e-3
     )  # half: 1 ulp
+    part = tensors["out.model_input_patch"]
+    torch.testing.assert_close(seen[:, 100:132, 100:132], part)
     whole = np.asarray(
         Image.fromarray(tensors["in.crop"].numpy()).resize((224, 224), Image.Resampling.BILINEAR)
     )
@@ -99,6 +101,9 @@ def test_the_architecture_returns_the_published_embedding(tiny_weights):
         with torch.no_grad():
             found = encoder.module(tensors[image])
         torch.testing.assert_close(found, tensors[embedding], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        tokens = encoder.module.forward_features(tensors["in.image"])
+    torch.testing.assert_close(tokens, tensors["out.tokens"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_1024_tile_gives_16_embeddings_row_by_row():
