@@ -108,11 +108,10 @@ class PixCellBlock(BasicTransformerBlock):
             self.scale_shift_table + modulation.unflatten(1, (6, -1))
         ).chunk(6, dim=1)
         attended = self.attn1(modulated(self.norm1, hidden_states, shift_a, scale_a))
-        hidden_states = hidden_states + gate_a * attended
+        hidden_states = torch.addcmul(hidden_states, gate_a, attended)
         hidden_states = hidden_states + self._cross_attention(hidden_states, encoder_hidden_states)
-        hidden_states = hidden_states + gate_f * self.ff(
-            modulated(self.norm2, hidden_states, shift_f, scale_f)
-        )
+        forwarded = self.ff(modulated(self.norm2, hidden_states, shift_f, scale_f))
+        hidden_states = torch.addcmul(hidden_states, gate_f, forwarded)
         return hidden_states if residual is None else hidden_states + residual.to(hidden_states.dtype)
 
     def prepare(self, condition: Float[Tensor, "batch tokens width"]) -> BlockCondition:
@@ -164,6 +163,14 @@ class ConditionProjection(PixArtAlphaTextProjection):
         else:
             self.register_buffer("uncond_embedding", unconditional)
 
+    def tokens(self) -> Float[Tensor, "tokens dim"]:
+        """Return the "no condition" tokens, also while the weights are kept elsewhere (sequential offload)."""
+        hook = getattr(self, "_hf_hook", None)
+        if self.uncond_embedding.is_meta and hook is not None:
+            kept: Tensor = hook.weights_map["uncond_embedding"]
+            return kept
+        return self.uncond_embedding
+
 
 class ConditionPositions(nn.Module):
     """The table added to condition tokens. Part of the weights: published ones bring their own."""
@@ -172,6 +179,10 @@ class ConditionPositions(nn.Module):
         super().__init__()
         self.y_pos_embed: Tensor
         self.register_buffer("y_pos_embed", table)
+
+    def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Return the tokens with their positions, in the tokens' own precision."""
+        return tokens + self.y_pos_embed.to(tokens.dtype)
 
 
 def condition_positions(
