@@ -3,75 +3,21 @@
 import pytest
 import torch
 
-from golden_vectors import load, weights
-from pixcell.diffusion.losses import NoiseSchedule, denoising_loss
-from pixcell.models.transformer import PixCellTransformer2DModel
+from golden_vectors import load
+from original_models import original_model
+from pixcell.diffusion.losses import FlowSchedule, NoiseSchedule, denoising_loss
+from pixcell.diffusion.noise_schedules import PATHLDM_SCHEDULE
+from pixcell.models.pathldm import ClassEmbedder, unet_from_ldm
+from pixcell.models.pathldm_layout import from_ldm, ldm_names
+from pixcell.models.published_layouts import diffusers_from_original
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 SCHEDULE = NoiseSchedule()
 
-# Names of the reference's first layout, as far as the golden gradients need them.
-RENAMED = {
-    "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
-    "t_block.1": "adaln_single.linear",
-    "y_embedder.y_proj.fc": "caption_projection.linear_",
-    "y_embedder.y_embedding": "caption_projection.uncond_embedding",
-    "final_layer.linear": "proj_out",
-    "final_layer.scale_shift_table": "scale_shift_table",
-    "blocks.": "transformer_blocks.",
-    ".attn.proj": ".attn1.to_out.0",
-    ".cross_attn.proj": ".attn2.to_out.0",
-    ".cross_attn.q_linear": ".attn2.to_q",
-    ".mlp.fc1": ".ff.net.0.proj",
-    ".mlp.fc2": ".ff.net.2",
-}
-
-
-def renamed(name):
-    for old, new in RENAMED.items():
-        name = name.replace(old, new)
-    return name
-
-
-def in_our_layout(state):
-    result = {}
-    for name, value in state.items():
-        name = renamed(name)
-        if name == "pos_embed":
-            continue
-        joined = {".attn.qkv.": (".attn1.to_", "qkv"), ".cross_attn.kv_linear.": (".attn2.to_", "kv")}
-        for old, (new, letters) in joined.items():
-            if old in name:
-                parts = value.chunk(len(letters))
-                result |= {
-                    name.replace(old, f"{new}{x}."): part for x, part in zip(letters, parts, strict=True)
-                }
-                break
-        else:
-            result[name] = value
-    return result
-
 
 @pytest.fixture(scope="module")
 def reference():
-    tensors, case = load("iddpm_loss")
-    config = case["config"]
-    model = PixCellTransformer2DModel(
-        num_attention_heads=config["num_heads"],
-        attention_head_dim=config["hidden_size"] // config["num_heads"],
-        in_channels=config["in_channels"],
-        out_channels=2 * config["in_channels"],
-        num_layers=config["depth"],
-        cross_attention_dim=config["hidden_size"],
-        sample_size=config["input_size"],
-        interpolation_scale=config["pe_interpolation"],
-        caption_channels=config["caption_channels"],
-        caption_num_tokens=config["model_max_length"],
-    )
-    model.load_state_dict(in_our_layout(weights(tensors)), strict=True)
-    return model, tensors
+    return original_model("iddpm_loss")[:2]
 
 
 def test_tables_are_the_reference_tables():
@@ -102,11 +48,83 @@ def test_terms_and_gradients_are_the_reference_ones(reference):
     model.zero_grad()
     terms.loss.mean().backward()
     parameters = dict(model.named_parameters())
-    golden = [name for name in tensors if name.startswith("out.grad.")]
+    golden = {name[9:]: value for name, value in tensors.items() if name.startswith("out.grad.")}
     assert golden
-    for name in golden:
-        gradient = parameters[renamed(name.removeprefix("out.grad."))].grad
-        torch.testing.assert_close(gradient, tensors[name], rtol=1e-4, atol=1e-4)
+    for name, gradient in diffusers_from_original(golden).items():
+        torch.testing.assert_close(parameters[name].grad, gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_the_variant_that_counts_errors_of_clean_latents_at_clean_steps_is_the_reference_one(reference):
+    model, tensors = reference
+    latents, noise, timesteps = tensors["in.x0"], tensors["in.noise"], tensors["in.t"]
+    assert (timesteps < 250).any()
+    assert (timesteps >= 250).any()
+    noisy = SCHEDULE.add_noise(latents, noise, timesteps)
+    with torch.no_grad():
+        prediction = model(noisy, timesteps, tensors["in.y"].squeeze(1)).sample
+    terms = denoising_loss(prediction, latents, noise, timesteps, SCHEDULE, clean_below=250)
+    torch.testing.assert_close(terms.mse, tensors["out.mse_snr_variant"], **CLOSE)
+
+
+class TestPathLDM:
+    @pytest.fixture(scope="class")
+    def case(self):
+        tensors, about = load("pathldm-unet-tiny")
+        unet = unet_from_ldm(**about["config"])
+        state = {name[5:]: value.float() for name, value in tensors.items() if name.startswith("unet.")}
+        unet.load_state_dict(from_ldm(unet, state), strict=True)
+        return unet.train(), load("pathldm-loss-tiny")[0]
+
+    def terms(self, unet, tensors, context):
+        noisy = PATHLDM_SCHEDULE.add_noise(tensors["in.x0"], tensors["in.noise"], tensors["in.t"])
+        prediction = unet(noisy, tensors["in.t"], context).sample
+        loss = denoising_loss(
+            prediction, tensors["in.x0"], tensors["in.noise"], tensors["in.t"], PATHLDM_SCHEDULE
+        )
+        return noisy, prediction, loss
+
+    def test_loss_and_gradients_are_the_reference_ones(self, case):
+        unet, tensors = case
+        unet.zero_grad()
+        noisy, prediction, terms = self.terms(unet, tensors, tensors["in.context"])
+        torch.testing.assert_close(noisy, tensors["out.x_noisy"], **CLOSE)
+        torch.testing.assert_close(prediction, tensors["out.pred"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(terms.loss, tensors["out.loss_per_sample"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(terms.loss.mean()[None], tensors["out.loss"], rtol=1e-4, atol=0)
+        logged = (PATHLDM_SCHEDULE.bound_weights[tensors["in.t"]] * terms.mse).mean()
+        torch.testing.assert_close(logged.float()[None], tensors["out.loss_vlb"], rtol=1e-4, atol=0)
+        terms.loss.mean().backward()
+        parameters = dict(unet.named_parameters())
+        golden = {name[5:]: value.float() for name, value in tensors.items() if name.startswith("grad.")}
+        golden.pop("class_embedding")
+        for name, gradient in from_ldm(unet, golden).items():
+            close = 1e-3 * gradient.abs().max().item()  # stored in half precision where they are large
+            torch.testing.assert_close(parameters[name].grad, gradient, rtol=0, atol=close)
+
+    def test_norms_of_all_gradients_are_the_reference_ones(self, case):
+        unet, tensors = case
+        unet.zero_grad()
+        self.terms(unet, tensors, tensors["in.context"])[2].loss.mean().backward()
+        norms = load("pathldm-loss-tiny")[1]["grad_norms"]
+        names = ldm_names(unet)
+        gradients = {names[name]: value.grad for name, value in unet.named_parameters()}
+        assert set(norms) == set(gradients)
+        for name, norm in norms.items():
+            # gradients that are zero but for rounding come out different each time
+            assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+
+    def test_classes_instead_of_text_have_the_reference_loss_and_gradient(self, case):
+        unet, tensors = case
+        embedder = ClassEmbedder(*tensors["class_embedding"].shape)
+        embedder.embedding.weight.data.copy_(tensors["class_embedding"])
+        context = embedder(tensors["labels"])
+        torch.testing.assert_close(context, tensors["class_context"], rtol=0, atol=0)
+        loss = self.terms(unet, tensors, context)[2].loss.mean()
+        torch.testing.assert_close(loss[None], tensors["out.loss_class"], rtol=1e-4, atol=0)
+        loss.backward()
+        expected = tensors["grad.class_embedding"]
+        close = 1e-4 * expected.abs().max().item()
+        torch.testing.assert_close(embedder.embedding.weight.grad, expected, rtol=0, atol=close)
 
 
 def batch(timesteps=(0, 1, 500, 999), channels=3):
@@ -198,3 +216,67 @@ def test_min_snr_weighs_the_same_error_in_clean_latents_alike_for_both_targets()
     by_noise = denoising_loss(as_noise, latents, noise, timesteps, SCHEDULE, 5.0)
     by_velocity = denoising_loss(as_velocity, latents, noise, timesteps, SCHEDULE, 5.0, target="velocity")
     torch.testing.assert_close(by_noise.loss, by_velocity.loss, rtol=1e-4, atol=1e-6)
+
+
+class TestFlow:
+    def test_a_perfect_flow_has_no_error(self):
+        latents, noise, _ = batch()
+        timesteps = torch.tensor([1, 2, 500, 1000])
+        terms = denoising_loss(noise - latents, latents, noise, timesteps, FlowSchedule(), target="flow")
+        assert not terms.loss.any()
+        assert terms.bound is None
+
+    def test_min_snr_weighs_the_same_error_in_clean_latents_as_for_other_targets(self):
+        """min(snr, gamma) times the squared error of the clean latents, whatever is predicted."""
+        latents, noise, _ = batch()
+        timesteps, schedule = torch.tensor([100, 300, 500, 900]), FlowSchedule()
+        off = 0.1 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+        sigma = schedule.sigma_at(timesteps)[:, None, None, None]
+        terms = denoising_loss(
+            noise - latents - off / sigma, latents, noise, timesteps, schedule, 5.0, target="flow"
+        )
+        expected = schedule.snr_at(timesteps).clamp(max=5.0) * off.square().mean((1, 2, 3))
+        torch.testing.assert_close(terms.loss, expected, rtol=1e-4, atol=1e-6)
+
+    def test_it_has_a_schedule_of_its_own_and_no_variance(self):
+        latents, noise, _ = batch()
+        timesteps = torch.tensor([1, 2, 3, 4])
+        for schedule, target in ((SCHEDULE, "flow"), (FlowSchedule(), "noise"), (FlowSchedule(), "velocity")):
+            with pytest.raises(
+                ValueError, match=f"target '{target}' does not go with a {type(schedule).__name__}"
+            ):
+                denoising_loss(noise, latents, noise, timesteps, schedule, target=target)
+        twice = torch.cat([noise, noise], 1)
+        with pytest.raises(ValueError, match="no variance to learn"):
+            denoising_loss(twice, latents, noise, timesteps, FlowSchedule(), target="flow")
+
+
+class TestCleanBelow:
+    @pytest.mark.parametrize("target", ["noise", "velocity"])
+    def test_below_it_the_error_is_that_of_the_clean_latents(self, target):
+        latents, noise, timesteps = batch(timesteps=(1, 100, 249, 250))
+        off = 0.1 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+        alpha_bar = SCHEDULE.alpha_bar[timesteps].float()[:, None, None, None]
+        predictions = {
+            "noise": noise - off * (alpha_bar / (1 - alpha_bar)).sqrt(),
+            "velocity": SCHEDULE.velocity(latents, noise, timesteps) - off / (1 - alpha_bar).sqrt(),
+        }
+        given = (predictions[target], latents, noise, timesteps, SCHEDULE)
+        terms = denoising_loss(*given, target=target, clean_below=250)
+        plain = denoising_loss(*given, target=target)
+        errors = off.square().mean((1, 2, 3))
+        torch.testing.assert_close(terms.mse[:3], errors[:3], rtol=1e-3, atol=0)
+        assert torch.equal(terms.mse[3], plain.mse[3])
+        assert torch.equal(terms.loss, terms.mse)
+
+    def test_the_bound_stays(self):
+        latents, noise, timesteps = batch()
+        prediction = torch.randn(4, 6, 4, 4, generator=torch.Generator().manual_seed(1))
+        terms = denoising_loss(prediction, latents, noise, timesteps, SCHEDULE, clean_below=250)
+        plain = denoising_loss(prediction, latents, noise, timesteps, SCHEDULE)
+        assert torch.equal(terms.bound, plain.bound)
+
+    def test_two_weightings_at_once_are_refused(self):
+        latents, noise, timesteps = batch()
+        with pytest.raises(ValueError, match="two ways of weighing errors"):
+            denoising_loss(noise, latents, noise, timesteps, SCHEDULE, 5.0, clean_below=250)

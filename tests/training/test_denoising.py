@@ -90,6 +90,57 @@ def test_without_learned_variance_the_loss_is_the_squared_error(recipe):
     torch.testing.assert_close(parts["loss"], batch["noise"].square().mean())
 
 
+def test_a_flow_is_trained_on_its_own_line_and_sampled_along_it(recipe, tmp_path):
+    changes = ("objective.target=flow", "objective.learn_variance=false", "objective.scheduler=euler")
+    objective = build_objective(recipe(*changes))
+    batch = torch.utils.data.default_collate(objective.samples.draw(range(6), rngs(6)))
+    assert batch["timestep"].min() >= 1
+    # A fresh model predicts zero, so the error is the power of the flow.
+    power = (batch["noise"] - batch["latents"]).square().mean()
+    torch.testing.assert_close(objective.loss(batch)["loss"], power)
+    assert np.isfinite(objective.preview().figures["mse"])
+    objective.export(tmp_path / "pipeline", None)
+    pipeline = PixCellPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipeline.facts["target"] == "flow"
+    assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_the_flow_is_trained_at_pure_noise_where_sampling_begins(recipe):
+    changes = ("objective.target=flow", "objective.learn_variance=false", "objective.scheduler=euler")
+    samples = build_objective(recipe(*changes)).samples
+    times = np.array([one["timestep"] for one in samples.draw([0] * 4000, rngs(4000))])
+    assert times.min() in range(1, 51)
+    assert times.max() in range(951, 1001)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("objective.target=flow",), "no variance to learn"),
+        (
+            ("objective.target=flow", "objective.learn_variance=false", "objective.scheduler=ddim"),
+            "'ddim' cannot",
+        ),
+        (("objective.scheduler=euler",), "'euler' cannot follow a model that predicts the noise"),
+        (("objective.scheduler=fast",), "no scheduler 'fast'"),
+        (("objective.scheduler=ddpm-learned", "objective.learn_variance=false"), "needs learn_variance"),
+        (("objective.min_snr_gamma=5", "objective.clean_below=250"), "two ways of weighing"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(recipe, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(*changes)
+
+
+def test_errors_of_clean_latents_can_be_counted_at_clean_steps(recipe):
+    objectives = [build_objective(recipe(*changes)) for changes in ((), ("objective.clean_below=250",))]
+    batch = torch.utils.data.default_collate(objectives[0].samples.draw([0, 1], rngs(2)))
+    for timestep, equal in ((300, True), (100, False)):
+        batch["timestep"] = torch.full((2,), timestep)
+        plain, clean = (objective.loss(batch)["mse"] for objective in objectives)
+        assert bool(plain == clean) is equal
+
+
 def test_the_export_is_a_pipeline_that_says_what_it_was_trained_on(recipe, tmp_path):
     objective = build_objective(recipe())
     objective.export(tmp_path / "first", None)

@@ -37,7 +37,7 @@ class LossTerms:
 
     loss: Float[Tensor, " batch"]
     mse: Float[Tensor, " batch"]
-    """Unweighted squared error of the target."""
+    """Unweighted squared error of the target; where ``clean_below`` says so, of the clean latents."""
     bound: Float[Tensor, " batch"] | None
     """Variational bound in bits per dimension; None without learned variance."""
 
@@ -63,47 +63,41 @@ def denoising_loss(
         min_snr_gamma: Weigh the squared error so that every target's counts as ``min(snr, gamma)`` times that
             of the clean latents, and nearly clean steps do not dominate (5 in the paper). None: no weights.
         target: What the model predicts.
-        clean_below: With the noise as target: at timesteps below this one the model predicts the clean
-            latents instead. The reference has it as an option, at 250, and leaves it off; its samplers, like
-            all here, take every output for noise.
+        clean_below: At timesteps below this one count the error of the clean latents that follow from the
+            prediction, instead of the target's own. The reference has it as an option (``snr_loss``), at 250,
+            and leaves it off. It all but silences these timesteps.
 
     Raises:
         ValueError: If the prediction has neither once nor twice the channels of the latents, or target and
-            schedule do not fit.
+            schedule do not fit, or both weightings are asked for.
     """
     channels = latents.shape[1]
-    _check(prediction.shape[1], channels, schedule, target, clean_below)
+    _check(prediction.shape[1], channels, schedule, target)
+    if clean_below is not None and min_snr_gamma is not None:
+        raise ValueError("min_snr_gamma and clean_below are two ways of weighing errors; give one of them")
     with torch.autocast(latents.device.type, enabled=False):
         latents, noise, prediction = latents.float(), noise.float(), prediction.float()
         predicted, logits = prediction[:, :channels], prediction[:, channels:]
-        truth = _truth(latents, noise, timesteps, schedule, target, clean_below)
+        truth = _truth(latents, noise, timesteps, schedule, target)
         mse = (truth - predicted).square().flatten(1).mean(1)
         weight = torch.ones_like(mse)
-        if min_snr_gamma is not None:
+        if min_snr_gamma is not None or clean_below is not None:
             snr = schedule.snr_at(timesteps)
             in_clean = _error_in_clean(snr, target)
-            if clean_below is not None:
-                in_clean = torch.where(timesteps < clean_below, torch.ones_like(snr), in_clean)
-            weight = snr.clamp(max=min_snr_gamma) * in_clean
+            if min_snr_gamma is not None:
+                weight = snr.clamp(max=min_snr_gamma) * in_clean
+            else:
+                mse = torch.where(timesteps < clean_below, in_clean * mse, mse)
         if not logits.shape[1]:
             return LossTerms(weight * mse, mse, None)
         assert isinstance(schedule, NoiseSchedule)  # _check has seen to it
         noisy = schedule.add_noise(latents, noise, timesteps)
         as_noise = predicted if target == "noise" else schedule.noise_in(noisy, predicted, timesteps)
-        if clean_below is not None:
-            beside = schedule.noise_beside(noisy, predicted, timesteps)
-            as_noise = torch.where((timesteps < clean_below)[:, None, None, None], beside, as_noise)
         bound = _bound(as_noise.detach(), logits, latents, noisy, timesteps, schedule)
         return LossTerms(weight * mse + bound, mse, bound)
 
 
-def _check(
-    out_channels: int,
-    channels: int,
-    schedule: NoiseSchedule | FlowSchedule,
-    target: Target,
-    clean_below: int | None,
-) -> None:
+def _check(out_channels: int, channels: int, schedule: NoiseSchedule | FlowSchedule, target: Target) -> None:
     if out_channels not in (channels, 2 * channels):
         raise ValueError(
             f"{out_channels} output channels fit {channels} latent channels neither once nor twice"
@@ -112,25 +106,14 @@ def _check(
         raise ValueError(f"target {target!r} does not go with a {type(schedule).__name__}; see schedule_for")
     if target == "flow" and out_channels != channels:
         raise ValueError("the flow has no variance to learn: give the model as many channels as the latents")
-    if clean_below is not None and target != "noise":
-        raise ValueError(f"clean_below goes with target 'noise', not {target!r}")
 
 
 def _truth(
-    latents: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    schedule: NoiseSchedule | FlowSchedule,
-    target: Target,
-    clean_below: int | None,
+    latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule | FlowSchedule, target: Target
 ) -> Tensor:
     if isinstance(schedule, FlowSchedule):
         return schedule.velocity(latents, noise)
-    if target == "velocity":
-        return schedule.velocity(latents, noise, timesteps)
-    if clean_below is None:
-        return noise
-    return torch.where((timesteps < clean_below)[:, None, None, None], latents, noise)
+    return noise if target == "noise" else schedule.velocity(latents, noise, timesteps)
 
 
 def _error_in_clean(snr: Float[Tensor, " batch"], target: Target) -> Float[Tensor, " batch"]:

@@ -170,16 +170,6 @@ class NoiseSchedule:
         signal = _at(self.alpha_bar.sqrt(), timesteps)
         return signal * velocity.float() + _at((1 - self.alpha_bar).sqrt(), timesteps) * noisy.float()
 
-    def noise_beside(
-        self,
-        noisy: Float[Tensor, "batch channels height width"],
-        latents: Float[Tensor, "batch channels height width"],
-        timesteps: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Return the noise that noisy latents hold beside these clean ones, float32."""
-        signal = _at(self.alpha_bar.sqrt(), timesteps)
-        return (noisy.float() - signal * latents.float()) / _at((1 - self.alpha_bar).sqrt(), timesteps)
-
 
 PATHLDM_SCHEDULE = NoiseSchedule(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
 """That of PathLDM and its relatives: 1000 betas, square roots on an even grid."""

@@ -129,9 +129,11 @@ def sample_latents(
     conditioning = conditioning.to(noise.device)
     lay_out(scheduler, num_inference_steps, noise.device)
     extra = _step_arguments(scheduler, generator, eta)
-    latents = noise.float() * scheduler.init_noise_sigma
+    # Schedulers of flow matching have neither: they begin with the noise, and feed the model, as it is.
+    latents = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+    scales_input = hasattr(scheduler, "scale_model_input")
     for number, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(latents, timestep)
+        scaled = scheduler.scale_model_input(latents, timestep) if scales_input else latents
         prediction = denoiser(scaled, timestep, conditioning)
         if takes_variance(scheduler) and prediction.shape[1] != 2 * latents.shape[1]:
             raise ModelError(

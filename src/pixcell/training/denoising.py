@@ -56,6 +56,8 @@ class DenoisingConfig(Config):
     min_snr_gamma: float | None = Field(None, gt=0)
     """Weigh errors as min(SNR, gamma) times those of the clean latents (5 in the paper). None: plain mean, as
     published."""
+    clean_below: int | None = Field(None, gt=0)
+    """At timesteps below this one count the error of the clean latents: an option of the reference (250)."""
     scheduler: str = "dpm-solver++"
     """Saved with the model, and used for previews; see ``diffusion.sampling.SCHEDULERS``. Moves no weight."""
     preview_steps: int = Field(20, gt=0)
@@ -66,6 +68,10 @@ class DenoisingConfig(Config):
     def _parts_fit(self) -> Self:
         if self.target == "flow" and self.learn_variance:
             raise ValueError("target flow has no variance to learn; set learn_variance to false")
+        if self.clean_below is not None and self.min_snr_gamma is not None:
+            raise ValueError(
+                "min_snr_gamma and clean_below are two ways of weighing errors; give one of them"
+            )
         if self.scheduler == "ddpm-learned" and not self.learn_variance:
             raise ValueError("scheduler ddpm-learned needs learn_variance; ddpm does without")
         try:
@@ -182,6 +188,7 @@ class Denoising:
             self.schedule,
             self.config.min_snr_gamma,
             self.config.target,
+            self.config.clean_below,
         )
         parts = {"loss": terms.loss.mean(), "mse": terms.mse.mean()}
         return parts if terms.bound is None else {**parts, "bound": terms.bound.mean()}
