@@ -12,6 +12,7 @@ PROMISES = {
     "01_read_a_slide.py": (["drawn.tiff", "."], ["centre-0.5mpp.png", "centre-1mpp.png"]),
     "02_tile_a_slide.py": (["."], ["first-tile.png", "store/store.json"]),
     "03_train_tiny.py": (["."], ["nano-codec/recipe.yaml", "nano/metrics.jsonl"]),
+    "04_stain.py": (["."], ["he.png", "her2.png", "her2/lora/pytorch_lora_weights.safetensors"]),
 }
 
 

@@ -229,7 +229,9 @@ def load_translator(
         state = read_weights(path)
     translator = EmbeddingTranslator(**(_config_of(state, what) if config is None else config))
     fit_weights(translator, state, what)
-    return translator.to(dtype).eval()
+    # diffusers' own ``to`` warns at every cast, even where no module asks to stay in float32.
+    nn.Module.to(translator, dtype=dtype)
+    return translator.eval()
 
 
 def _config_in(folder: Path) -> dict[str, object]:
@@ -245,7 +247,7 @@ def _config_in(folder: Path) -> dict[str, object]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _config_of(state: Mapping[str, Tensor], source: str) -> dict[str, object]:
+def _config_of(state: Mapping[str, Tensor], source: str) -> dict[str, int]:
     """Read the sizes of a network from its tensors."""
     sizes = {
         "in_channels": ("input_proj.weight", 1),
