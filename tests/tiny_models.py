@@ -1,6 +1,7 @@
 """Tiny real models for tests of the rooms that sample."""
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from pixcell.models.autoencoder import TissueAutoencoder
@@ -46,3 +47,16 @@ def tiny_vae() -> TissueAutoencoder:
     return TissueAutoencoder(
         latent_channels=4, channels=(8, 16), num_blocks=1, scaling_factor=0.7, shift_factor=0.1
     )
+
+
+def tiny_kl_vae(**changes: object) -> AutoencoderKL:
+    """Return an autoencoder of the published family: 4 latent channels, pictures halved three times."""
+    torch.manual_seed(3)
+    settings = {
+        "block_out_channels": (8, 8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+    }
+    return AutoencoderKL(**(settings | changes)).eval()

@@ -314,7 +314,7 @@ class Conditioning:
     def _undropped(self, states: Tensor, unconditional: Tensor) -> Tensor:
         if self.dropped is None:
             return states
-        return torch.where(self.dropped[:, None, None], unconditional.to(states.dtype), states)
+        return torch.where(self.dropped[:, None, None], unconditional.to(states), states)
 
     def _check_batch(self, batch_size: int) -> None:
         if self.batch_size not in (None, batch_size):

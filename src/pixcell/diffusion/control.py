@@ -96,7 +96,9 @@ def control_latents_of(
     batch = as_control(codec, control, height, width)
     if _is_encoded(batch, codec, height, width):
         return batch.float()
-    return torch.cat([codec.normalise(codec.encode(picture)[0]) for picture in batch.split(1)])
+    # Contiguous: kernels depend on the layout in memory, which differs with the form that was given.
+    pictures = (picture.contiguous() for picture in batch.split(1))
+    return torch.cat([codec.normalise(codec.encode(picture)[0]) for picture in pictures])
 
 
 def _is_encoded(control: ControlImage, codec: LatentCodec, height: int, width: int) -> bool:

@@ -57,7 +57,8 @@ def denoiser_of(
     def denoise(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         dtype, device, rows = transformer.dtype, latents.device, latents.shape[0]
         conditioning = conditioning.to(device)
-        tokens = conditioning.tokens(transformer.unconditional_embedding, rows).to(dtype)
+        null = transformer.unconditional_embedding.to(device)  # the model itself may still wait elsewhere
+        tokens = conditioning.tokens(null, rows).to(dtype)
         residuals = None if control is None else control(latents, timestep, conditioning)
         time, condition, dropped = memory.recall(timestep, tokens, _dropped(conditioning, tokens))
         with contexts.of(timestep, rows):

@@ -4,8 +4,6 @@
 here a name only says which class of *ours* the weights belong to, and no file of the folder is ever run.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +11,14 @@ import diffusers
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
-from pixcell.diffusion.sampling import SCHEDULERS
-from pixcell.errors import MissingWeights, ModelError, WrongWeights
+from pixcell.diffusion.schedulers import SCHEDULERS
+from pixcell.errors import MissingWeights, ModelError
+from pixcell.models import published_openers
 from pixcell.models.codec import LatentCodec
 from pixcell.models.controlnet import PixCellControlNetModel
+from pixcell.models.published_openers import read_json
+from pixcell.models.published_sources import find_source
 from pixcell.models.transformer import PixCellTransformer2DModel
-from pixcell.models.weights import fetch
 
 __all__ = [
     "find_pipeline",
@@ -42,21 +42,13 @@ def find_pipeline(name_or_path: str | Path, download: bool) -> Path:
     """Return the local folder of a pipeline.
 
     Args:
-        name_or_path: A folder, or ``owner/name`` on the Hugging Face hub.
+        name_or_path: A folder; the name of a published model; or ``owner/name`` on the Hugging Face hub.
         download: Whether what is not on this machine may be downloaded.
 
     Raises:
-        MissingWeights: If it is neither, or not on this machine and may not be downloaded.
+        MissingWeights: If it is none of these, or not on this machine and may not be downloaded.
     """
-    folder = Path(name_or_path)
-    if folder.exists() or str(name_or_path).count("/") != 1:
-        return folder
-    return fetch(
-        str(name_or_path),
-        ("*.json", "*/*.json", "*/*.safetensors"),
-        download=download,
-        advice="Or give the folder of a pipeline.",
-    )
+    return find_source(name_or_path, download=download)[0]
 
 
 def read_index(folder: Path, classes: tuple[str, ...], parts: tuple[str, ...]) -> dict[str, Any]:
@@ -147,21 +139,6 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     return kind.from_pretrained(str(folder), local_files_only=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ModelError: If it holds none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); copy the folder again as a whole.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
-    return content
-
-
 def load_model(kind: type[Model], folder: Path, dtype: torch.dtype, names: tuple[str, ...]) -> Model:
     """Load a model folder, in evaluation mode; every tensor must be there, and no other.
 
@@ -176,32 +153,8 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype, names: tuple
         WrongWeights: If names or shapes do not fit.
         ModelError: If it is another class of model.
     """
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise MissingWeights(
-            f"{folder} lacks config.json or safetensors weights; copy the pipeline again as a whole."
-        )
-    config = read_json(folder / "config.json")
-    if config.get("_class_name") not in names:
-        raise ModelError(f"{folder} holds a {config.get('_class_name')}, not a {kind.__name__}.")
-    report: Mapping[str, Any]
-    try:
-        model, report = kind.from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WrongWeights(
-            f"the weights in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
-    # diffusers fills what is missing with random numbers, and only warns.
-    wrong = {what: list(found) for what, found in report.items() if found and what != "error_msgs"}
-    if wrong:
-        listed = "; ".join(
-            f"{len(found)} {what.replace('_', ' ')} ({', '.join(map(str, found[:3]))})"
-            for what, found in wrong.items()
-        )
-        raise WrongWeights(f"the weights in {folder} do not fit their configuration: {listed}.")
-    return model.eval()
+    named = read_json(folder / "config.json").get("_class_name")
+    if named not in names:
+        raise ModelError(f"{folder} holds a {named}, not a {kind.__name__}.")
+    model: Model = published_openers.load_model(kind, folder, dtype)
+    return model

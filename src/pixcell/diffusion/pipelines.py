@@ -131,7 +131,7 @@ class PixCellPipeline(DiffusionPipeline):
             controlnet = folder / "controlnet"
         if isinstance(controlnet, str | Path):
             controlnet = load_controlnet(Path(controlnet), torch_dtype)
-        pipeline = cls(
+        return cls(
             transformer=load_transformer(folder / "transformer", torch_dtype)
             if transformer is None
             else transformer,
@@ -140,8 +140,6 @@ class PixCellPipeline(DiffusionPipeline):
             facts=facts,
             controlnet=controlnet,
         )
-        pipeline.register_to_config(_name_or_path=str(folder))
-        return pipeline
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""

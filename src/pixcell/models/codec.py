@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import VQModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models import autoencoders
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -135,8 +136,11 @@ class LatentCodec:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
-        return next(self.vae.parameters()).device
+        """Where it computes: where its weights are, or are brought for it (sequential offload)."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.vae.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        brought = next((place for place in places if place is not None), None)
+        return next(self.vae.parameters()).device if brought is None else torch.device(brought)
 
     def to(self, device: torch.device | str) -> "LatentCodec":
         """Move to a device."""
@@ -406,4 +410,6 @@ def _load(folder: Path) -> nn.Module:
             for what, names in wrong.items()
         )
         raise WrongWeights(f"the weights in {folder} do not fit {kind}: {listed}.")
+    # Where it was found is no property of the model, and would be saved with it.
+    vae._internal_dict = FrozenDict({k: v for k, v in vae.config.items() if k != "_name_or_path"})
     return vae

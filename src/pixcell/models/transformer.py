@@ -191,7 +191,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
     @property
     def unconditional_embedding(self) -> Float[Tensor, "tokens dim"]:
         """The tokens that stand for "no condition"."""
-        return self.caption_projection.uncond_embedding
+        return self.caption_projection.tokens()
 
     @property
     def learns_variance(self) -> bool:
@@ -357,7 +357,7 @@ class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         if without is not None and self.config.unconditional_positions:
             tokens = torch.where(without, null, tokens)
         if self.y_pos_embed is not None:
-            tokens = tokens + self.y_pos_embed.y_pos_embed.to(self._dtype)
+            tokens = self.y_pos_embed(tokens)
         if without is not None and not self.config.unconditional_positions:
             tokens = torch.where(without, null, tokens)
         projected: Tensor = self.caption_projection(tokens)
