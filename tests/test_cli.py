@@ -36,6 +36,8 @@ def test_help_shows_an_example(command):
         (["encode", "no-such-store", "--encoder", "stain-texture"], "no-such-store"),
         (["sample", "no-such-run", "--out", "samples", "--unconditional"], "no-such-run"),
         (["sample", "no-such-run", "--out", "samples", "--set", "stepz=4"], "Did you mean 'steps'"),
+        (["prior", "no-such-store", "out"], "no-such-store"),
+        (["prior", "store", "out", "--set", "ranks=4"], "Did you mean 'rank'"),
         (["encode", "store", "--set", "batch_size=many"], "pixcell encode: batch_size"),
         (["evaluate", "a", "b", "--extractor", "stain-texture"], "a"),
         (["inspect", "no-such-thing"], "no-such-thing"),

@@ -1,8 +1,9 @@
-"""References of `pixcell sample`: pictures to imitate, seen through the encoder of the model."""
+"""What `pixcell sample` makes pictures after: references, seen through the encoder of the model, or draws."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 from pixcell.data.slides import Slide, find_slides
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.pipelines import PixCellPipeline
+from pixcell.diffusion.priors import EmbeddingPrior
 from pixcell.errors import ModelError, SlideError, UnknownResolution
 from pixcell.files import sha256_of
 from pixcell.geometry import Box, scale_between
 from pixcell.models.encoders import Encoder, load_encoder
 from pixcell.provenance import hash_of, read_provenance
 
-__all__ = ["SHEET_NAME", "Reference", "encoder_of", "pictures_in", "read_reference"]
+__all__ = ["SHEET_NAME", "Draws", "Reference", "draws_from", "encoder_of", "pictures_in", "read_reference"]
 
 SHEET_NAME = "contact_sheet.png"
 """In a folder of samples; it is none of them."""
@@ -32,6 +34,34 @@ class Reference:
     pixels: np.ndarray
     resolution: str
     embedding_grid: Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Conditions drawn from a prior, one per picture."""
+
+    prior: EmbeddingPrior
+    name: str
+    seed: int
+    label: str | None
+    temperature: float
+
+    def of(self, indices: Sequence[int]) -> Conditioning:
+        """Return the conditions of some pictures."""
+        return self.prior.conditioning(self.seed, indices, label=self.label, temperature=self.temperature)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a picture's record says; with seed and index it decides the draw."""
+        return {
+            "name": self.name,
+            "sha256": self.prior.sha256,
+            "label": self.label,
+            "temperature": self.temperature,
+        }
+
+    def __str__(self) -> str:
+        return f"drawn from prior {self.name}" + (f", {self.label}" if self.label is not None else "")
 
 
 def encoder_of(
@@ -137,3 +167,36 @@ def _centre(path: Path, size: int, mpp: float | None, source_mpp: float | None) 
             )
         box = Box((slide.width - side) // 2, (slide.height - side) // 2, side, side)
         return slide.read(box, size=(size, size)), told
+
+
+def draws_from(
+    folder: Path,
+    pipeline: PixCellPipeline,
+    seed: int,
+    label: str | None,
+    temperature: float,
+    encoder: str | None,
+) -> Draws:
+    """Load a prior, and refuse one that does not fit the model.
+
+    Args:
+        folder: That ``pixcell prior`` wrote.
+        pipeline: Of the model.
+        seed: Of the draws.
+        label: Which tissue to draw. None: any.
+        temperature: How far draws lie from the centres of the prior.
+        encoder: Name of the model's encoder, where the model does not tell.
+
+    Raises:
+        MissingWeights, WrongWeights: If there is no prior, or it is damaged.
+        ModelError: If it is of another encoder, grid or resolution, or has no such label.
+    """
+    prior = EmbeddingPrior.load(folder)
+    prior.check_fits(
+        pipeline.facts,
+        grid_size=pipeline.transformer.grid_size,
+        dim=pipeline.transformer.config.caption_channels,
+        encoder=encoder,
+    )
+    prior.check_draw(label, temperature)
+    return Draws(prior, folder.resolve().name, seed, label, float(temperature))

@@ -1,11 +1,13 @@
 """Generate pictures of tissue, each with its record, and a contact sheet of them.
 
     OUT/00000_<reference>.png ...   8-bit RGB; in its metadata: that it is synthetic, and how to make it again
+                                    (00000_prior.png where its condition was drawn from a prior)
     OUT/contact_sheet.png           references, framed, beside what was made after them
     OUT/samples.json                all records in one file
 
-Picture number *i* takes reference ``i % number of references`` and the noise of ``(seed, i)``. So a larger
-``count`` is a continuation: the first 16 of 100 are the 16 of 16. A run that was stopped goes on.
+Picture number *i* takes reference ``i % number of references``, or draw ``(seed, i)`` of the prior, and the
+noise of ``(seed, i)``. So a larger ``count`` is a continuation: the first 16 of 100 are the 16 of 16. A run
+that was stopped goes on.
 """
 
 import math
@@ -23,6 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from pixcell.console import facts, progress
+from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.diffusion.sampling import (
     check_steps,
@@ -36,7 +39,15 @@ from pixcell.files import write_json, writing_to
 from pixcell.models.weights import Precision, choose_device, dtype_of, weights_sha256
 from pixcell.provenance import environment, hash_of, read_provenance, save_synthetic_png
 from pixcell.tasks.contact_sheet import SheetRow, draw_contact_sheet
-from pixcell.tasks.references import SHEET_NAME, Reference, encoder_of, pictures_in, read_reference
+from pixcell.tasks.references import (
+    SHEET_NAME,
+    Draws,
+    Reference,
+    draws_from,
+    encoder_of,
+    pictures_in,
+    read_reference,
+)
 from pixcell.training.checkpoints import Checkpoint
 
 __all__ = ["SampleResult", "sample"]
@@ -64,6 +75,8 @@ class SampleResult:
     references: tuple[str, ...]
     contact_sheet: Path
     seconds: float
+    prior: str | None = None
+    """What conditions were drawn from."""
 
     def __rich__(self) -> Table:
         """Lay the result out for a terminal."""
@@ -73,7 +86,7 @@ class SampleResult:
             {
                 "model": self.model if self.step is None else f"{self.model}, step {self.step}",
                 "pictures": f"{self.num_made} made{rate}; {self.num_kept} were there",
-                "like": ", ".join(self.references) or "nothing (unconditional)",
+                "like": ", ".join(self.references) or self.prior or "nothing (unconditional)",
                 "contact sheet": self.contact_sheet,
             },
         )
@@ -94,6 +107,9 @@ def sample(
     out: Path,
     *,
     like: Sequence[Path] = (),
+    prior: Path | None = None,
+    label: str | None = None,
+    temperature: float = 1.0,
     unconditional: bool = False,
     count: int = 16,
     seed: int = 0,
@@ -115,6 +131,9 @@ def sample(
         model: A run (its last checkpoint), a checkpoint, or a pipeline folder.
         out: Where pictures go. Pictures of the same recipe that are there already are kept.
         like: Pictures, or folders of them, whose tissue to imitate: the centre of each is encoded.
+        prior: Folder that ``pixcell prior`` wrote: each picture gets an embedding of its own, drawn from it.
+        label: Which of the prior's labels to draw. None: any, as often as it was seen.
+        temperature: How far draws lie from the centres of the prior: 1 as measured, 0 not at all.
         unconditional: Imitate nothing.
         count: Number of pictures in all; references take turns.
         seed: Same seed, same pictures.
@@ -125,19 +144,21 @@ def sample(
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         precision: Of the denoiser. "auto": bf16 on CUDA, else fp32.
         source_mpp: Microns per pixel of the references, where they do not state it.
-        encoder: Where the model's encoder is, if not under the name it was trained with.
+        encoder: Where the model's encoder is, if not under the name it was trained with; with ``prior``, its
+            name, if the model does not tell.
         encoder_weights: Weight file of the encoder.
         download: Whether encoder weights may be downloaded.
         overwrite: Replace generated pictures of another recipe in ``out``.
 
     Raises:
-        RecipeError: If numbers make no sense, or neither or both of ``like`` and ``unconditional`` are given.
+        RecipeError: If numbers make no sense, or not exactly one of ``like``, ``prior`` and ``unconditional``
+            is given.
         RunError: If there is no checkpoint; MissingWeights, WrongWeights, ModelError: if it cannot be used.
         UnreadableSlide: If a reference is no image; SlideError: if it is smaller than the model's pictures.
         OutputError: If ``out`` holds pictures of another recipe, or cannot be written.
     """
     started = time.monotonic()
-    _check_arguments(like, unconditional, count, seed, guidance_scale, batch_size)
+    _check_arguments(like, prior, label, unconditional, count, seed, guidance_scale, batch_size)
     out = Path(out)
     folder, name, step = _find_model(Path(model))
     pipeline = PixCellPipeline.from_pretrained(folder)
@@ -153,14 +174,17 @@ def sample(
     codec_sha256 = pipeline.codec.sha256
 
     references: list[Reference] = []
+    draws: Draws | None = None
     own_encoder: dict[str, Any] | None = None
-    if not unconditional:
+    if prior is not None:
+        draws = draws_from(Path(prior), pipeline, seed, label, temperature, encoder)
+        own_encoder = {key: draws.prior.facts["encoder"][key] for key in ("name", "sha256")}
+    elif not unconditional:
         loaded = encoder_of(pipeline, encoder, encoder_weights, download, chosen_device)
         own_encoder = {"name": loaded.name, "sha256": loaded.sha256}
         references = [read_reference(path, pipeline, loaded, source_mpp) for path in pictures_in(like)]
     if guidance_scale is None:
-        usual = 1.2 if pipeline.transformer.grid_size >= 4 else 2.0
-        guidance_scale = pipeline.facts.get("guidance_scale", usual)
+        guidance_scale = pipeline.usual_guidance_scale
     fixed_batch = _fixed_batch(pipeline, chosen_device)
     recipe = {
         "model": name,
@@ -168,6 +192,7 @@ def sample(
         "step": step,
         "codec_sha256": codec_sha256,
         "encoder": own_encoder,
+        "prior": None if draws is None else draws.record,
         "seed": seed,
         "steps": steps,
         "guidance_scale": None if unconditional else float(guidance_scale),
@@ -190,12 +215,12 @@ def sample(
     with progress("sampling", len(plan)) as advance:
         advance(len(kept))
         for batch in _batches(plan, kept, fixed_batch, batch_size):
-            pictures = _sampled(pipeline, batch, seed, steps, float(guidance_scale), fixed_batch)
+            pictures = _sampled(pipeline, batch, draws, seed, steps, float(guidance_scale), fixed_batch)
             for picture, pixels in zip(batch, pictures, strict=True):
                 if picture.index not in kept:
                     save_synthetic_png(picture.path, pixels, picture.record)
                     advance(1)
-    sheet = _write_sheet(out, plan, references, recipe)
+    sheet = _write_sheet(out, plan, references, recipe, "unconditional" if draws is None else str(draws))
     write_json(
         out / "samples.json",
         {
@@ -215,21 +240,38 @@ def sample(
         references=tuple(reference.name for reference in references),
         contact_sheet=sheet,
         seconds=time.monotonic() - started,
+        prior=None if draws is None else str(draws),
     )
 
 
 def _check_arguments(
     like: Sequence[Path],
+    prior: Path | None,
+    label: str | None,
     unconditional: bool,
     count: int,
     seed: int,
     guidance_scale: float | None,
     batch_size: int,
 ) -> None:
-    if not like and not unconditional:
-        raise RecipeError("there is nothing to imitate. Give a picture with --like, or --unconditional.")
-    if like and unconditional:
-        raise RecipeError("--like and --unconditional contradict each other; leave one of them out.")
+    given = [
+        name
+        for name, there in (
+            ("--like", like),
+            ("--prior", prior is not None),
+            ("--unconditional", unconditional),
+        )
+        if there
+    ]
+    if not given:
+        raise RecipeError(
+            "there is nothing to imitate. Give a picture with --like, draw from a --prior, or sample "
+            "with --unconditional."
+        )
+    if len(given) > 1:
+        raise RecipeError(f"{' and '.join(given)} contradict each other; leave all but one out.")
+    if label is not None and prior is None:
+        raise RecipeError(f"--label {label} is one of a prior's labels; give the prior with --prior.")
     for what, value, least in (("--count", count, 1), ("--batch-size", batch_size, 1), ("--seed", seed, 0)):
         if value < least:
             raise RecipeError(f"{what} {value} must be at least {least}.")
@@ -270,9 +312,10 @@ def _plan(
     out: Path, count: int, references: Sequence[Reference], recipe: Mapping[str, Any]
 ) -> list[_Picture]:
     plan = []
+    otherwise = "unconditional" if recipe["prior"] is None else "prior"
     for index in range(count):
         reference = references[index % len(references)] if references else None
-        stem = Path(reference.name).stem if reference else "unconditional"
+        stem = Path(reference.name).stem if reference else otherwise
         record = {
             **recipe,
             "index": index,
@@ -349,15 +392,19 @@ def _batches(
 def _sampled(
     pipeline: PixCellPipeline,
     batch: Sequence[_Picture],
+    draws: Draws | None,
     seed: int,
     steps: int,
     guidance_scale: float,
     fixed_batch: int,
 ) -> list[np.ndarray]:
     grids = [picture.reference.embedding_grid for picture in batch if picture.reference is not None]
+    conditions = Conditioning(torch.stack(grids)) if grids else Conditioning()
+    if draws is not None:
+        conditions = draws.of([picture.index for picture in batch])
     (images,) = pipeline(
-        torch.stack(grids) if grids else None,
-        num_images_per_embedding=1 if grids else len(batch),
+        conditions,
+        num_images_per_embedding=len(batch) if conditions.is_empty else 1,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=[generator_for(seed, picture.index) for picture in batch],
@@ -368,9 +415,16 @@ def _sampled(
 
 
 def _write_sheet(
-    out: Path, plan: Sequence[_Picture], references: Sequence[Reference], recipe: Mapping[str, Any]
+    out: Path,
+    plan: Sequence[_Picture],
+    references: Sequence[Reference],
+    recipe: Mapping[str, Any],
+    otherwise: str,
 ) -> Path:
-    """Draw the first pictures beside their references, from the files as they are."""
+    """Draw the first pictures beside their references, from the files as they are.
+
+    Pictures without a reference are called what ``otherwise`` says.
+    """
     shown = plan[:_SHEET_PICTURES]
     rows = []
     everyone: Sequence[Reference | None] = references or [None]
@@ -379,7 +433,7 @@ def _write_sheet(
         if pictures:
             rows.append(
                 SheetRow(
-                    name=reference.name if reference else "unconditional",
+                    name=reference.name if reference else otherwise,
                     reference=reference.pixels if reference else None,
                     pictures=[_pixels(picture.path) for picture in pictures],
                     labels=[f"{picture.index:05d}" for picture in pictures],
