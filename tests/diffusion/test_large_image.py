@@ -12,6 +12,7 @@ from golden_vectors import load, weights
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.guidance import guided
 from pixcell.diffusion.large_image import GRAIKOS, PIXCELL, LargeImageScheduler, one_late
+from pixcell.diffusion.respaced import RespacedDDIMScheduler
 from pixcell.diffusion.sampling import denoiser_of, sample_latents
 from pixcell.diffusion.windows import between_fields, window_boxes, windowed
 from pixcell.errors import ModelError
@@ -99,7 +100,7 @@ def test_published_pictures_are_windows_blended_by_gaussians(stride):
     assert_within_a_level(truncated(images), theirs)
     # Ours are rounded, which is half a level brighter on average; theirs are cut off.
     ours = to_uint8(images).permute(0, 2, 3, 1)
-    assert_within_a_level(ours, theirs)
+    assert (ours.int() - theirs.int()).abs().max() <= 1
     assert (ours.float() - theirs.float()).mean() == pytest.approx(0.5, abs=0.1)
 
 
@@ -228,22 +229,6 @@ def test_fresh_noise_depends_on_the_sample_alone(settings):
     assert all(torch.equal(sampled([row])[0], together[row]) for row in range(3))
 
 
-def test_velocity_is_taken_for_the_noise_it_holds():
-    noise, latents = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    by_noise = LargeImageScheduler(**PIXCELL)
-    by_velocity = LargeImageScheduler(**PIXCELL, prediction_type="v_prediction")
-    for scheduler in (by_noise, by_velocity):
-        scheduler.set_timesteps(10)
-    share = by_noise.alphas_cumprod[499]
-    signal, spread = share.sqrt().float(), (1 - share).sqrt().float()
-    # v = signal * noise - spread * clean, with clean from latents and noise
-    velocity = signal * noise - spread * (latents - spread * noise) / signal
-    one = by_noise.step(noise, 499, latents)
-    other = by_velocity.step(velocity, 499, latents)
-    torch.testing.assert_close(one.prev_sample, other.prev_sample, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(one.pred_original_sample, other.pred_original_sample, rtol=1e-4, atol=1e-4)
-
-
 def test_steps_that_do_not_divide_take_the_published_number_of_steps():
     """1000 // 6 = 166 fits seven times: the published loop makes seven steps where six were asked for."""
     scheduler = LargeImageScheduler(**PIXCELL)
@@ -257,18 +242,28 @@ def test_it_is_saved_and_loaded_like_any_scheduler(tmp_path):
     assert {key: again.config[key] for key in GRAIKOS} == GRAIKOS
 
 
-def test_bad_settings_and_times_are_refused():
-    with pytest.raises((ModelError, TypeError), match="cosine"):
-        LargeImageScheduler(beta_schedule="cosine")
-    with pytest.raises(ModelError, match="neither 'epsilon' nor 'v_prediction'"):
+def test_bad_settings_are_refused():
+    with pytest.raises(ModelError, match="not 'sample'"):
         LargeImageScheduler(prediction_type="sample")
-    scheduler = LargeImageScheduler()
-    for steps in (0, 1001, None):
+    for steps in (0, 1001):
         with pytest.raises(ModelError, match=f"{steps} sampling steps are not possible; choose 1 to 1000"):
-            scheduler.set_timesteps(steps)
-    for times in ([], [5, 5], [1000, 0], [3, -1]):
-        with pytest.raises(ModelError, match="must fall within 999 to 0"):
-            scheduler.set_timesteps(timesteps=times)
-    scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="timestep 17 is none of those"):
-        scheduler.step(torch.zeros(1, 4, 8, 8), 17, torch.zeros(1, 4, 8, 8))
+            LargeImageScheduler().set_timesteps(steps)
+
+
+def test_fresh_noise_of_long_steps_is_less_than_ddims():
+    """The published variance is that of a step of one timestep: equal to DDIM's there, and only there."""
+    ours = LargeImageScheduler(**GRAIKOS)
+    ddim = RespacedDDIMScheduler(
+        beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", eta=1.0, spacing="strided"
+    )
+    latents, nothing = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def added(scheduler, steps, place):
+        """What a step adds to latents and a prediction of zero: the fresh noise alone."""
+        scheduler.set_timesteps(steps)
+        timestep = scheduler.timesteps[place]
+        return scheduler.step(nothing, timestep, latents, variance_noise=noise).prev_sample.std()
+
+    assert added(ours, 1000, 500) == pytest.approx(float(added(ddim, 1000, 500)), rel=1e-4)
+    assert added(ours, 50, 25) < 0.5 * added(ddim, 50, 25)

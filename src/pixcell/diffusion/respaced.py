@@ -66,12 +66,22 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         spacing: str = "even",
         eta: float = 0.0,
     ) -> None:
-        if prediction_type not in _PREDICTIONS:
-            raise ModelError(f"this solver takes {' or '.join(_PREDICTIONS)}, not {prediction_type!r}.")
         if spacing not in _SPACINGS:
             raise ModelError(f"spacing {spacing!r} is not known; choose one of {', '.join(_SPACINGS)}.")
+        self._follow(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type)
+
+    def _follow(
+        self,
+        num_train_timesteps: int,
+        beta_start: float,
+        beta_end: float,
+        beta_schedule: str,
+        prediction_type: str,
+    ) -> None:
+        if prediction_type not in _PREDICTIONS:
+            raise ModelError(f"this solver takes {' or '.join(_PREDICTIONS)}, not {prediction_type!r}.")
         schedule = NoiseSchedule(num_train_timesteps, beta_start, beta_end, beta_schedule)  # type: ignore[arg-type]
-        self._alpha_bar = schedule.alpha_bar
+        self._betas, self._alpha_bar = schedule.betas, schedule.alpha_bar
         self.alphas_cumprod = schedule.alpha_bar.float()
         self.num_inference_steps: int | None = None
         self._kept: list[int] = list(schedule.timesteps)
@@ -148,7 +158,7 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         here = float(self._alpha_bar[self._kept[place]])
         there = float(self._alpha_bar[self._kept[place - 1]]) if place else self._last
         clean, noise = self._parts(model_output.float(), sample.float(), here)
-        std = eta * ((1 - there) / (1 - here) * (1 - here / there)) ** 0.5
+        std = eta * self._variance(self._kept[place], here, there) ** 0.5
         result = there**0.5 * clean + (1 - there - std**2) ** 0.5 * noise
         if eta > 0:
             if variance_noise is None:
@@ -204,6 +214,10 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
             return self._kept.index(int(timestep))
         except ValueError:
             raise ValueError(f"timestep {int(timestep)} is not on the way; call set_timesteps") from None
+
+    def _variance(self, timestep: int, here: float, there: float) -> float:
+        """The fresh noise of a step from ``timestep`` at ``eta`` 1 (eq. 16)."""
+        return (1 - there) / (1 - here) * (1 - here / there)
 
     def _parts(self, model_output: Tensor, sample: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
         """The clean latents and the noise that a prediction means."""
