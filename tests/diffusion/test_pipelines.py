@@ -14,7 +14,8 @@ from pixcell.diffusion.control import control_latents_of
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.diffusion.sampling import generator_for, make_scheduler
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
-from tiny_models import tiny_controlnet, tiny_kl_vae, tiny_transformer
+from pixcell.models.controlnet import PixCellControlNetModel
+from tiny_models import tiny_controlnet, tiny_kl_vae, tiny_transformer, tiny_vae
 
 STEPS = 3
 
@@ -22,6 +23,13 @@ STEPS = 3
 @pytest.fixture
 def embeddings():
     return torch.randn(2, 2, 2, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def mask():
+    white = np.zeros((128, 128), bool)
+    white[32:96, 16:80] = True
+    return white
 
 
 def latents_of(pipeline, embeddings, seed=0, **arguments):
@@ -131,6 +139,33 @@ class TestDamage:
             (tmp_path / "pixcell.json").write_text(json.dumps(pipeline.facts | facts))
             with pytest.raises(ModelError, match=message):
                 PixCellPipeline.from_pretrained(tmp_path)
+
+    def test_a_published_folder_without_autoencoder_weights(self, pipeline, tmp_path):
+        """PixCell-256 hosts the configuration alone."""
+        pipeline.save_pretrained(tmp_path)
+        (tmp_path / "vae/diffusion_pytorch_model.safetensors").unlink()
+        with pytest.raises(MissingWeights, match=r"give vae='sd3\.5'"):
+            PixCellPipeline.from_pretrained(tmp_path)
+        tiny_vae().save_pretrained(tmp_path / "elsewhere")
+        again = PixCellPipeline.from_pretrained(tmp_path, vae=tmp_path / "elsewhere")
+        for name, tensor in again.vae.state_dict().items():
+            assert torch.equal(tensor, pipeline.vae.state_dict()[name])
+
+    def test_a_model_that_is_not_on_this_machine(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(MissingWeights, match="is not on this machine"):
+            PixCellPipeline.from_pretrained("nobody-here/no-such-model")
+
+    def test_a_branch_of_another_model(self, pipeline):
+        for changes, message in (
+            ({"sample_size": 8, "interpolation_scale": 0.25}, "its sample_size is 8 and not 16"),
+            ({"caption_channels": 24}, "its caption_channels is 24 and not 12"),
+            ({"num_layers": 9}, "8 blocks, more than 2"),
+            ({"num_attention_heads": 4, "cross_attention_dim": 64}, "64 wide and not 32"),
+        ):
+            branch = PixCellControlNetModel.from_transformer(tiny_transformer(**changes))
+            with pytest.raises(ModelError, match=message):
+                PixCellPipeline(pipeline.transformer, pipeline.vae, pipeline.scheduler, controlnet=branch)
 
     def test_facts_that_are_no_json(self, pipeline, tmp_path):
         pipeline.save_pretrained(tmp_path)
@@ -293,6 +328,59 @@ class TestWrongInput:
         with pytest.raises(ModelError, match="0 pictures cannot be made"):
             pipeline(embeddings, num_images_per_embedding=0)
 
+    def test_negative_embeddings_that_do_not_fit(self, pipeline, embeddings):
+        with pytest.raises(ModelError, match="3 negative embeddings were given for 2 samples"):
+            pipeline(embeddings, negative_embeddings=embeddings[[0, 1, 0]])
+        with pytest.raises(ModelError, match="give both, or neither"):
+            pipeline(None, negative_embeddings=embeddings)
+        with pytest.raises(ModelError, match="13 wide was given"):
+            pipeline(embeddings, negative_embeddings=torch.zeros(2, 2, 2, 13))
+
+    def test_guidance(self, pipeline, embeddings):
+        with pytest.raises(ModelError, match="3 guidance scales were given for 2 pictures"):
+            pipeline(embeddings, guidance_scale=torch.ones(3))
+        with pytest.raises(ModelError, match="guidance_scale is nan"):
+            pipeline(embeddings, guidance_scale=float("nan"))
+        with pytest.raises(ModelError, match="from a lower to a higher timestep"):
+            pipeline(embeddings, guidance_interval=(800, 200))
+
+    def test_generators(self, pipeline, embeddings):
+        with pytest.raises(ModelError, match="3 generators were given for 2 pictures"):
+            pipeline(embeddings, generator=[generator_for(0, index) for index in range(3)])
+
+    def test_text(self, pipeline, embeddings):
+        with pytest.raises(ModelError, match="the model takes embeddings of tissue"):
+            pipeline(Conditioning(embeddings, text_states=torch.zeros(2, 5, 7)))
+
+    def test_control_without_a_branch(self, pipeline, embeddings, mask):
+        for given in ({"control": mask}, {"control": torch.zeros(1, 4, 16, 16)}):
+            with pytest.raises(ModelError, match="the pipeline has no control branch"):
+                pipeline(embeddings, **given)
+        with pytest.raises(ModelError, match="the pipeline has no control branch"):
+            pipeline(Conditioning(embeddings, control_latents=torch.zeros(2, 4, 16, 16)))
+
+    def test_control_that_does_not_fit(self, pipeline, embeddings, mask):
+        pipeline.controlnet = tiny_controlnet()
+        pipeline.vae.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
+        for control, message in (
+            (mask[:64], "is 64 x 128 pixels, the picture to be made 128 x 128"),
+            (np.stack([mask] * 3), "3 control images were given for 2 samples"),
+            (mask.astype(np.uint8), "brightest pixel"),
+            (torch.zeros(1, 4, 16, 17), r"shape \(1, 4, 16, 17\)"),
+        ):
+            with pytest.raises(ModelError, match=message):
+                pipeline(embeddings, control=control)
+        with pytest.raises(ModelError, match=r"control_scale of shape \(3,\) was given for 2 pictures"):
+            pipeline(embeddings, control=mask, control_scale=torch.ones(3))
+        with pytest.raises(ModelError, match="control_scale is nan"):
+            pipeline(embeddings, control=mask, control_scale=float("nan"))
+        with pytest.raises(ModelError, match=r"control latents are \(4, 8, 8\)"):
+            pipeline(Conditioning(embeddings, control_latents=torch.zeros(2, 4, 8, 8)))
+        with pytest.raises(ModelError, match=r"control latents of sample\(s\) 0, 1 hold NaN"):
+            pipeline(embeddings, control=torch.full((1, 4, 16, 16), float("nan")))
+        with pytest.raises(ValueError, match="given twice"):
+            pipeline(Conditioning(embeddings, control_latents=torch.zeros(2, 4, 16, 16)), control=mask)
+
     def test_programming_errors(self, pipeline, embeddings):
         with pytest.raises(ValueError, match="output_type 'jpg'"):
             pipeline(embeddings, output_type="jpg")
@@ -325,13 +413,6 @@ def controlled(transformer, vae, pipeline) -> PixCellPipeline:
     made = PixCellPipeline(transformer, vae, make_scheduler(), pipeline.facts, tiny_controlnet())
     made.set_progress_bar_config(disable=True)
     return made
-
-
-@pytest.fixture
-def mask():
-    white = np.zeros((128, 128), bool)
-    white[32:96, 16:80] = True
-    return white
 
 
 class TestControl:

@@ -159,7 +159,7 @@ class PixCellPipeline(DiffusionPipeline):
 
     @property
     def codec(self) -> LatentCodec:
-        """The autoencoder with its scale and shift, on the device where it computes."""
+        """The autoencoder with its scale and shift, brought to where it computes."""
         bring(self.vae)
         if self._codec is None or self._codec.vae is not self.vae:
             device, dtype = self.vae.device, self.vae.dtype
@@ -168,9 +168,15 @@ class PixCellPipeline(DiffusionPipeline):
         return self._codec
 
     @property
+    def _downsampling(self) -> int:
+        """Pixels along the side of a latent, known without bringing the autoencoder."""
+        same = self._codec is not None and self._codec.vae is self.vae
+        return self._codec.downsampling if self._codec is not None and same else self.codec.downsampling
+
+    @property
     def sample_size(self) -> int:
         """Side of the pictures the model was trained on, in pixels."""
-        return self.transformer.config.sample_size * self.codec.downsampling
+        return int(self.transformer.config.sample_size * self._downsampling)
 
     @property
     def usual_guidance_scale(self) -> float:
@@ -258,6 +264,7 @@ class PixCellPipeline(DiffusionPipeline):
         batch_size = num_conditions * num_images_per_embedding
         shape = self._latent_shape(batch_size, height, width)
         self._check_control(conditioning, pictures, num_conditions, shape)
+        _check_numbers(guidance_scale, batch_size, conditioning, negative)
         scale = _control_scales(control_scale, batch_size)
         noise = noise_like(shape, generator, latents, self._execution_device)
 
@@ -272,11 +279,11 @@ class PixCellPipeline(DiffusionPipeline):
         lay_out(self.scheduler, num_inference_steps, noise.device)
         denoiser = denoiser_of(
             self.transformer,
-            None if self.controlnet is None else control_by(self.controlnet),
+            None if self.controlnet is None else control_by(self.controlnet, self.scheduler.timesteps),
             with_variance=takes_variance(self.scheduler),
             timesteps=self.scheduler.timesteps,
         )
-        if negative is not None and negative.batch_size == num_conditions:
+        if negative is not None and negative.batch_size != 1:
             negative = negative.repeat(num_images_per_embedding)
         one_for_all = not isinstance(guidance_scale, Tensor) and (
             negative is None or negative.batch_size == 1
@@ -304,7 +311,7 @@ class PixCellPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        step = self.codec.downsampling * self.transformer.config.patch_size
+        step = self._downsampling * self.transformer.config.patch_size
         height = self.sample_size if height is None else height
         width = self.sample_size if width is None else width
         if height % step or width % step or height < 1 or width < 1:
@@ -319,6 +326,8 @@ class PixCellPipeline(DiffusionPipeline):
         if encoder is not None:
             conditioning = replace(conditioning, encoder=encoder)
         check_encoder(self.facts.get("encoder", {}), conditioning.encoder or {})
+        if conditioning.text_states is not None:
+            raise ModelError("text was given, and the model takes embeddings of tissue. See TextPipeline.")
         # Fails here if grid and model do not fit, and not after the first noise is drawn.
         null = self.transformer.unconditional_embedding
         conditioning.to(null.device).tokens(null, conditioning.batch_size or 1)
@@ -348,7 +357,7 @@ class PixCellPipeline(DiffusionPipeline):
             )
 
     def _latent_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
-        factor = self.codec.downsampling
+        factor = self._downsampling
         return batch_size, self.transformer.config.in_channels, height // factor, width // factor
 
     def _check_target(self) -> None:
@@ -365,9 +374,7 @@ class PixCellPipeline(DiffusionPipeline):
             return
         own, branch = self.transformer.config, self.controlnet.config
         keys = ("in_channels", "patch_size", "caption_channels", "caption_num_tokens", "sample_size")
-        wrong = [
-            f"{key} is {branch[key]} there and {own[key]} here" for key in keys if branch[key] != own[key]
-        ]
+        wrong = [f"its {key} is {branch[key]} and not {own[key]}" for key in keys if branch[key] != own[key]]
         if self.controlnet.inner_dim != self.transformer.inner_dim:
             wrong.append(f"it is {self.controlnet.inner_dim} wide and not {self.transformer.inner_dim}")
         if branch.n_controlnet_blocks > own.num_layers:
@@ -392,6 +399,25 @@ def _conditioning_of(embeddings: Tensor | Conditioning | None) -> Conditioning:
             "expected (batch, rows, columns, dim) or (batch, tokens, dim)."
         )
     return Conditioning(embeddings)
+
+
+def _check_numbers(
+    guidance_scale: float | Tensor, batch_size: int, conditioning: Conditioning, negative: Conditioning | None
+) -> None:
+    if isinstance(guidance_scale, Tensor) and guidance_scale.numel() not in (1, batch_size):
+        raise ModelError(
+            f"{guidance_scale.numel()} guidance scales were given for {batch_size} pictures; give one, or "
+            "one each."
+        )
+    if negative is None:
+        return
+    if conditioning.embedding_grid is None or negative.embedding_grid is None:
+        raise ModelError("negative embeddings are moved away from towards others: give both, or neither.")
+    if negative.batch_size not in (1, conditioning.batch_size):
+        raise ModelError(
+            f"{negative.batch_size} negative embeddings were given for {conditioning.batch_size} samples; "
+            "give one, or one each."
+        )
 
 
 def _control_scales(control_scale: float | Tensor, batch_size: int) -> Tensor | None:
