@@ -7,12 +7,14 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 
-from pixcell.diffusion import denoisers
+from pixcell.diffusion import memory
 from pixcell.diffusion.conditioning import Conditioning
+from pixcell.diffusion.control import control_by
 from pixcell.diffusion.denoisers import denoiser_of
 from pixcell.diffusion.guidance import guided
 from pixcell.diffusion.sampling import in_fixed_batches, make_scheduler, sample_latents
 from pixcell.errors import ModelError
+from pixcell.models.controlnet import PixCellControlNetModel
 from tiny_models import tiny_transformer
 
 TIME = torch.tensor(500)
@@ -101,7 +103,7 @@ def test_beyond_its_share_of_memory_the_oldest_condition_is_made_anew(transforme
     rows = [Conditioning(grid[row : row + 1]) for row in range(3)]
     one = transformer.prepare(grid[:1].flatten(1, 2)).num_bytes
     assert one > 0
-    monkeypatch.setattr(denoisers, "_MOST_BYTES", 2 * one)
+    monkeypatch.setattr(memory, "_MOST_BYTES", 2 * one)
     counts, denoise = calls_of(transformer.caption_projection), denoiser_of(transformer)
     with torch.no_grad():
         for row in (0, 1, 1, 2, 2, 1, 0):
@@ -231,6 +233,20 @@ def test_control_is_added_behind_the_blocks(transformer):
     denoise = denoiser_of(transformer, lambda latents, timestep, conditioning: (residual,))
     expected = transformer(latents, TIME, grid.flatten(1, 2), [residual]).sample[:, :4]
     assert torch.equal(denoise(latents, TIME, Conditioning(grid)), expected)
+
+
+def test_conditions_enter_a_control_branch_once_per_sampling(transformer):
+    branch = PixCellControlNetModel.from_transformer(transformer)
+    latents, grid = latents_and_grid(transformer)
+    counts = calls_of(
+        branch.caption_projection, branch.transformer_blocks[0].ff, branch.adaln_single, branch.cond_pos_embed
+    )
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(4)
+    control = control_by(branch, scheduler.timesteps)
+    denoiser = guided(denoiser_of(transformer, control), 2.0)
+    sample_latents(denoiser, scheduler, latents, Conditioning(grid, control_latents=latents), 4)
+    assert counts == {0: 1, 1: 4, 2: 1, 3: 4}
 
 
 class TestFeatureCaches:

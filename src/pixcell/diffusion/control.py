@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixcell.diffusion.conditioning import Conditioning
+from pixcell.diffusion.memory import SamplingMemory
 from pixcell.errors import ModelError
 from pixcell.models.codec import LatentCodec
 from pixcell.models.controlnet import PixCellControlNetModel
@@ -35,11 +36,16 @@ Control = Callable[[Tensor, Tensor, Conditioning], Sequence[Tensor] | None]
 """``(latents, timestep, conditioning)`` to what is added to each block, or None where no row has control."""
 
 
-def control_by(controlnet: PixCellControlNetModel) -> Control:
+def control_by(controlnet: PixCellControlNetModel, timesteps: Tensor | None = None) -> Control:
     """Return a control branch as what :func:`~pixcell.diffusion.denoisers.denoiser_of` takes.
 
     The branch runs on the rows that have a control: in a batch for guidance, on the conditional half.
+
+    Args:
+        controlnet: The branch.
+        timesteps: All that will be asked for, where they are known.
     """
+    memory = SamplingMemory(controlnet, timesteps)
 
     def control(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Sequence[Tensor] | None:
         rows = conditioning.controlled
@@ -48,14 +54,19 @@ def control_by(controlnet: PixCellControlNetModel) -> Control:
         chosen = rows.nonzero().flatten().to(latents.device)
         part = conditioning.to(latents.device).select(chosen)
         null = controlnet.unconditional_embedding.to(latents.device)
+        time, condition, dropped = memory.recall(
+            timestep[chosen] if timestep.ndim and len(timestep) == len(latents) else timestep,
+            part.tokens(null, len(chosen)).to(controlnet.dtype),
+            None if part.embedding_grid is not None else torch.ones_like(chosen, dtype=torch.bool),
+        )
         (residuals,) = controlnet(
             latents[chosen].to(controlnet.dtype),
-            timestep[chosen] if timestep.ndim and len(timestep) == len(latents) else timestep,
-            part.tokens(null, len(chosen)),
+            time,
+            condition,
             part.control_latents,
             1.0 if part.control_scale is None else part.control_scale,
             return_dict=False,
-            dropped=None if part.embedding_grid is not None else torch.ones_like(chosen, dtype=torch.bool),
+            dropped=dropped,
         )
         if len(chosen) == len(latents):
             return tuple(residuals)
