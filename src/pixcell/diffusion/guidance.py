@@ -92,16 +92,14 @@ def guided(
         if not len(rows):
             return denoiser(latents, timestep, conditioning)
         without = conditioning.dropped_everywhere() if negative is None else _for_each(negative, size)
+        chosen: Tensor | slice = slice(None)
         if len(rows) < size:
             chosen = rows.to(latents.device)
             without, scale = without.to(latents.device).select(chosen), scale[rows]
-            again = latents[chosen]
-        else:
-            chosen, again = slice(None), latents
         if timestep.numel() > 1:
             timestep = torch.cat([timestep[chosen], timestep])
         both = Conditioning.cat([without.to(latents.device), conditioning.to(latents.device)])
-        prediction = denoiser(torch.cat([again, latents]), timestep, both)
+        prediction = denoiser(torch.cat([latents[chosen], latents]), timestep, both)
         unconditional, conditional = prediction.split([len(rows), size])
         moved = guide(conditional[chosen, :channels], unconditional[:, :channels], _one_if_equal(scale))
         if len(rows) == size:

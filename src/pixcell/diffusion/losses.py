@@ -81,13 +81,11 @@ def denoising_loss(
         truth = _truth(latents, noise, timesteps, schedule, target)
         mse = (truth - predicted).square().flatten(1).mean(1)
         weight = torch.ones_like(mse)
-        if min_snr_gamma is not None or clean_below is not None:
-            snr = schedule.snr_at(timesteps)
-            in_clean = _error_in_clean(snr, target)
-            if min_snr_gamma is not None:
-                weight = snr.clamp(max=min_snr_gamma) * in_clean
-            else:
-                mse = torch.where(timesteps < clean_below, in_clean * mse, mse)
+        snr = schedule.snr_at(timesteps)
+        if min_snr_gamma is not None:
+            weight = snr.clamp(max=min_snr_gamma) * _error_in_clean(snr, target)
+        if clean_below is not None:
+            mse = torch.where(timesteps < clean_below, _error_in_clean(snr, target) * mse, mse)
         if not logits.shape[1]:
             return LossTerms(weight * mse, mse, None)
         assert isinstance(schedule, NoiseSchedule)  # _check has seen to it
