@@ -270,6 +270,11 @@ class TestFiles:
         half = tiny_transformer().to(torch.bfloat16)
         load_lora(half, tmp_path / "her2_lora.pth")
 
+    def test_an_adapter_keeps_no_whole_state_in_memory(self, adapted, tmp_path):
+        torch.save(adapted.state_dict(), tmp_path / "her2_lora.pth")
+        lora = read_lora(tmp_path / "her2_lora.pth")
+        assert all(value.untyped_storage().nbytes() == value.nbytes for value in lora.state.values())
+
     def test_the_base_can_be_had_without_the_adapter(self, adapted):
         plain = tiny_transformer()
         assert base_state(adapted).keys() == plain.state_dict().keys()

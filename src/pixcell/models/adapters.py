@@ -35,7 +35,8 @@ from torch import Tensor
 from pixcell.errors import ModelError, WrongWeights
 from pixcell.files import write_whole
 from pixcell.models.transformer import PixCellTransformer2DModel
-from pixcell.models.weights import Precision, dtype_of, read_weights, weights_sha256
+from pixcell.models.weight_files import open_weights
+from pixcell.models.weights import Precision, dtype_of, weights_sha256
 
 __all__ = [
     "LORA_TARGETS",
@@ -150,14 +151,15 @@ def read_lora(source: str | Path | Mapping[str, Tensor], *, alpha: float | None 
         what, tensors, notes = "the state given", source, {}
     else:
         path = Path(source)
-        what, tensors, notes = str(path), read_weights(path), _notes(path)
+        # Mapped: of a whole adapted denoiser only what is looked at is read.
+        what, tensors, notes = str(path), open_weights(path, which="raw").mapped(), _notes(path)
     state: dict[str, Tensor] = {}
     base: dict[str, Tensor] = {}
     names = set()
     for name, value in tensors.items():
         found = _TENSOR.fullmatch(name)
         if found:
-            state[f"{found['module']}.lora_{found['side']}.weight"] = value
+            state[f"{found['module']}.lora_{found['side']}.weight"] = value.clone()
             names.add(found["name"])
         else:
             base[name.replace(".base_layer.", ".")] = value
