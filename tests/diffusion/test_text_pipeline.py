@@ -194,6 +194,43 @@ class TestCall:
         assert images.isfinite().all()
 
 
+class TestPlaces:
+    def test_parts_are_brought_to_where_they_compute(self, parts):
+        """CPU offload, with the CPU for the accelerator: what is tested is that every part is called up."""
+        own = {"unet": tiny_unet(), "vae": tiny_first_stage(), "text_encoder": tiny_text_tower()}
+        pipeline = quiet(TextPipeline(**{**parts, **own}, scheduler=pathldm_scheduler()))
+
+        def pictures():
+            generator = torch.Generator().manual_seed(0)
+            return pipeline(PROMPTS, num_inference_steps=2, generator=generator, output_type="pt").images
+
+        expected, called = pictures(), []
+        pipeline.enable_model_cpu_offload(device="cpu")
+        for name in own:
+            hook = getattr(pipeline, name)._hf_hook
+
+            def called_up(module, *args, _name=name, _pre_forward=hook.pre_forward, **kwargs):
+                called.append(_name)
+                return _pre_forward(module, *args, **kwargs)
+
+            hook.pre_forward = called_up
+        assert torch.equal(pictures(), expected)
+        assert list(dict.fromkeys(called)) == ["text_encoder", "unet", "vae"]
+
+    def test_an_autoencoder_that_needs_range_stays_in_float32(self, parts):
+        vae = tiny_first_stage(None)
+        assert vae.config.force_upcast
+        pipeline = quiet(TextPipeline(tiny_unet(), vae, pathldm_scheduler()))
+        pipeline.to(torch.float16)
+        assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.float16, torch.float32)
+
+    @pytest.mark.gpu
+    def test_device_moves(self, pipeline):
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        assert latents_of(pipeline.to("cuda"), PROMPTS).device.type == "cuda"
+
+
 class TestClasses:
     def test_a_class_is_its_token(self, by_class):
         tokens = by_class.class_embedder(torch.tensor([2, 0]))

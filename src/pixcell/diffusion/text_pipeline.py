@@ -21,7 +21,7 @@ Source: Yellapragada et al. 2023, "PathLDM: Text conditioned Latent Diffusion Mo
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
@@ -160,10 +160,25 @@ class TextPipeline(DiffusionPipeline):
         if self.facts:
             write_json(Path(save_directory) / FACTS_FILE, self.facts)
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device and number format; see :meth:`DiffusionPipeline.to`.
+
+        An autoencoder whose activations need more range than float16 has computes in float32 all the same.
+        """
+        super().to(*args, **kwargs)
+        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+            self.vae.to(torch.float32)
+        return self
+
     @property
     def codec(self) -> LatentCodec:
         """The autoencoder with its scale and shift, on the device where it computes."""
         bring(self.vae)
+        return self._codec_where_it_is
+
+    @property
+    def _codec_where_it_is(self) -> LatentCodec:
+        """For its sizes, which need no device."""
         if self._codec is None or self._codec.vae is not self.vae:
             name = self.facts.get("codec", {}).get("name", type(self.vae).__name__)
             self._codec = LatentCodec(self.vae, name, device=self.vae.device, dtype=self.vae.dtype)
@@ -188,7 +203,7 @@ class TextPipeline(DiffusionPipeline):
     @property
     def sample_size(self) -> int:
         """Side of the pictures the model was trained on, in pixels."""
-        return int(self.unet.config.sample_size) * self.codec.downsampling
+        return int(self.unet.config.sample_size) * self._codec_where_it_is.downsampling
 
     @property
     def usual_guidance_scale(self) -> float:
@@ -352,8 +367,7 @@ class TextPipeline(DiffusionPipeline):
     def _classes(self, labels: list[int]) -> Tensor:
         if self.class_embedder is None:
             raise ModelError("this pipeline takes prompts, not classes: it has no class_embedder.")
-        device = self.class_embedder.device
-        states: Tensor = self.class_embedder(torch.tensor(labels, device=device))
+        states: Tensor = self.class_embedder(torch.tensor(labels, device=self._execution_device))
         return self._checked(states)
 
     def _checked(self, states: Tensor) -> Tensor:
@@ -366,12 +380,12 @@ class TextPipeline(DiffusionPipeline):
         return states
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        step = self.codec.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        factor = self._codec_where_it_is.downsampling
+        step = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         height = self.sample_size if height is None else height
         width = self.sample_size if width is None else width
         if height < 1 or width < 1 or height % step or width % step:
             raise ModelError(f"{height} x {width} pixels: both sides must be multiples of {step}.")
-        factor = self.codec.downsampling
         return int(self.unet.config.in_channels), height // factor, width // factor
 
     def _check_target(self) -> None:
@@ -385,9 +399,10 @@ class TextPipeline(DiffusionPipeline):
 
     def _check_parts(self) -> None:
         config = self.unet.config
-        if self.codec.latent_channels != config.in_channels or config.in_channels != config.out_channels:
+        channels = self._codec_where_it_is.latent_channels
+        if not channels == config.in_channels == config.out_channels:
             raise ModelError(
-                f"the autoencoder makes {self.codec.latent_channels} channels, the U-Net turns "
+                f"the autoencoder makes {channels} channels, the U-Net turns "
                 f"{config.in_channels} into {config.out_channels}. Give parts of one model."
             )
         if (self.text_encoder is None) != (self.tokenizer is None):
