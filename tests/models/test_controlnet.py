@@ -244,6 +244,27 @@ class TestForward:
         without = {name for name, parameter in branch.named_parameters() if parameter.grad is None}
         assert without == {"scale_shift_table", "proj_out.weight", "proj_out.bias"}
 
+    def test_a_branch_learns_through_a_denoiser_that_stays_as_it_is(self):
+        """The wish: noise that is the control image. A denoiser that sees none cannot know it."""
+        transformer = tiny_transformer().requires_grad_(False)
+        branch = PixCellControlNetModel.from_transformer(transformer).train().requires_grad_(True)
+        optimizer = torch.optim.Adam(branch.parameters(), lr=1e-2)
+        latents, timestep, embeddings, control = some_inputs(batch_size=2)
+        start = branch.transformer_blocks[0].attn1.to_q.weight.clone()
+        losses = []
+        for _ in range(30):
+            residuals = branch(latents, timestep, embeddings, control).block_controlnet_hidden_states
+            prediction = transformer(latents, timestep, embeddings, residuals).sample[:, :4]
+            loss = (prediction - control).square().mean()
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert losses[-1] < 0.5 * losses[0]  # measured: 0.31
+        assert branch.cond_pos_embed.proj.weight.any()
+        assert not torch.equal(branch.transformer_blocks[0].attn1.to_q.weight, start)
+        assert all(parameter.grad is None for parameter in transformer.parameters())
+
     @pytest.mark.parametrize(
         ("shape", "message"),
         [
