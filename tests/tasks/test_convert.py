@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -15,16 +16,20 @@ from typer.testing import CliRunner
 from golden_vectors import load, weights
 from pixcell.cli import app
 from pixcell.diffusion.pipelines import PixCellPipeline
+from pixcell.diffusion.text_pipeline import TextPipeline
 from pixcell.errors import MissingWeights, ModelError, OutputError, WrongWeights
 from pixcell.files import sha256_of
 from pixcell.models.adapters import add_lora, load_lora, lora_state
+from pixcell.models.codec import LatentCodec
 from pixcell.models.controlnet import PixCellControlNetModel
 from pixcell.models.encoders import ENCODERS, load_encoder
+from pixcell.models.pathldm_layout import to_ldm
 from pixcell.models.published_layouts import original_from_diffusers
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.models.translator import EmbeddingTranslator
 from pixcell.tasks.convert import convert
 from tiny_models import awake, tiny_transformer, tiny_vae
+from tiny_pathldm import tiny_first_stage, tiny_text_tower, tiny_tokenizer, tiny_unet
 
 # What no shape of the tiny denoiser tells.
 TINY = {"heads": 2, "config": {"sample_size": 16, "interpolation_scale": 0.25}}
@@ -293,6 +298,53 @@ def test_weights_that_changed_since_get_an_origin_of_their_own(tmp_path):
     save_file(state | {"proj_out.bias": state["proj_out.bias"] + 1}, file, metadata={"format": "pt"})
     convert(str(tmp_path / "a"), tmp_path / "b")
     assert json.loads((tmp_path / "b" / "origin.json").read_text())["name"] == "a"
+
+
+# ── PathLDM ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def pathldm(tmp_path):
+    """A checkpoint as a training framework writes it: settings and callbacks beside the weights."""
+    parts = {
+        "model.diffusion_model.": tiny_unet(),
+        "first_stage_model.": tiny_first_stage(),
+        "cond_stage_model.transformer.": tiny_text_tower(),
+    }
+    state = {prefix + name: value for prefix, model in parts.items() for name, value in to_ldm(model).items()}
+    state["betas"] = torch.linspace(0, 1, 1000)
+    content = {"state_dict": state, "callbacks": {Namespace: {"best": torch.tensor(1.0)}}, "epoch": 3}
+    torch.save(content, tmp_path / "pathldm.ckpt")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "pathldm.ckpt", dict(zip(("unet", "vae", "text_encoder"), parts.values(), strict=True))
+
+
+def test_a_whole_pathldm_checkpoint_becomes_a_pipeline(pathldm, tmp_path):
+    source, parts = pathldm
+    options = {"tokenizer": tmp_path / "tokenizer", "config": {"sample_size": 8}}
+    with pytest.raises(WrongWeights, match="--skip-objects"):
+        convert(str(source), tmp_path / "out", **options)
+    result = convert(str(source), tmp_path / "out", skip_objects=True, **options)
+    assert any("argparse.Namespace" in note for note in result.notes)
+    pipeline = TextPipeline.from_pretrained(tmp_path / "out")
+    assert all(same(getattr(pipeline, name), part) for name, part in parts.items())
+    convert(str(tmp_path / "out"), tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+
+
+def test_a_text_tower_without_tokenizer_is_a_question(pathldm, tmp_path):
+    with pytest.raises(MissingWeights, match="--set tokenizer=FOLDER"):
+        convert(str(pathldm[0]), tmp_path / "out", skip_objects=True)
+
+
+def test_an_ldm_autoencoder_alone_is_one_model(pathldm, tmp_path):
+    vae = pathldm[1]["vae"]
+    save_file(
+        {name: value.contiguous() for name, value in to_ldm(vae).items()}, tmp_path / "vq-f4.safetensors"
+    )
+    result = convert(str(tmp_path / "vq-f4.safetensors"), tmp_path / "out")
+    assert result.kind == "pathldm"
+    assert same(LatentCodec.from_pretrained(tmp_path / "out").vae, vae)
 
 
 # ── whole or not at all ──────────────────────────────────────────────────────────────────────────────

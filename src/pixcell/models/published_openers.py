@@ -256,8 +256,9 @@ def _pathldm(stored: StoredWeights, place: Path, options: Options) -> Parts:
         parts[name] = load
 
     if whole.unet:
-        unet_config = unet_config_of(whole.unet, num_heads=heads)
-        notes.append(f"{heads} attention head(s) everywhere in the U-Net")
+        side = options.config.get("sample_size", 64)
+        unet_config = unet_config_of(whole.unet, num_heads=heads, image_size=side)
+        notes.append(f"U-Net: {heads} attention head(s) everywhere, latents of {side} x {side}")
         part("unet", lambda: unet_from_ldm(**unet_config), lambda split: split.unet)
     if whole.first_stage:
         stage_config = first_stage_config_of(whole.first_stage)

@@ -33,7 +33,7 @@ PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 Which = Literal["auto", "ema", "raw"]
 """Of a training checkpoint: averaged weights, those of the optimiser, or averaged ones if there are any."""
 
-_ROUND_BYTES = 128 << 20
+_ROUND_BYTES = 64 << 20
 # No training saves these; a pickle that asks for them is a program.
 _ATTACKS = (
     *("os.", "posix.", "nt.", "sys.", "subprocess.", "shutil.", "socket."),

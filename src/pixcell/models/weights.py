@@ -14,6 +14,7 @@ occupies:
 
 import contextlib
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,7 +141,7 @@ def load_stored(module: nn.Module, stored: StoredWeights, dtype: torch.dtype | N
     _check_fit(module, stored.shapes, stored.source)
     state = {}
     for name, tensor in stored.tensors(dtype):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise WrongWeights(
                 f"{stored.source}: {name} holds NaN or infinity"
                 + (f" as {dtype}" if dtype not in (None, stored.dtypes[name]) else "")
@@ -148,6 +149,13 @@ def load_stored(module: nn.Module, stored: StoredWeights, dtype: torch.dtype | N
             )
         state[name] = tensor
     module.load_state_dict(state, assign=True)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds numbers only, without another of its size (``isfinite`` makes two)."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(value.item()) for value in tensor.aminmax())
 
 
 def _check_fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:

@@ -35,6 +35,7 @@ from pixcell.models.encoders import ENCODERS
 from pixcell.models.published import KINDS, Published, open_published
 from pixcell.models.published_configs import uni_arguments
 from pixcell.models.published_openers import read_json
+from pixcell.models.text import load_tokenizer
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.models.weight_files import Which, open_weights, weight_files_in
 from pixcell.models.weights import Precision, dtype_of, weights_sha256
@@ -302,6 +303,11 @@ def _write_encoder(published: Published, folder: Path, options: _Options) -> _Wr
 
 
 def _write_pathldm(published: Published, folder: Path, options: _Options) -> _Written:
+    if "text_encoder" in published.parts and len(published.parts) > 1 and options.tokenizer is None:
+        raise MissingWeights(
+            f"{published.place} holds a text tower and no tokenizer. Give the folder of one with "
+            "--set tokenizer=FOLDER: that of openai/clip-vit-base-patch32, or of vinid/plip."
+        )
     parts = published.load(options.dtype)
     if set(parts) in ({"unet"}, {"vae"}, {"text_encoder"}):
         ((_, model),) = parts.items()
@@ -315,27 +321,11 @@ def _write_pathldm(published: Published, folder: Path, options: _Options) -> _Wr
     stated: dict[str, Any] = {"mpp": 1.0, "guidance_scale": 1.5}
     given: dict[str, Any] = {}
     if "text_encoder" in parts:
-        given["tokenizer"] = _tokenizer(options.tokenizer, published.place)
+        given["tokenizer"] = load_tokenizer(Path(options.tokenizer))  # type: ignore[arg-type]
         stated["text"] = {"policy": "windows"}
     pipeline = TextPipeline(**parts, **given, scheduler=pathldm_scheduler(), facts=stated)
     pipeline.save_pretrained(folder)
     return parts, ["taken to be trained on 10x (1 micron per pixel), prompts in two windows, as PathLDM"]
-
-
-def _tokenizer(place: Path | None, source: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    if place is None:
-        raise MissingWeights(
-            f"{source} holds a text tower and no tokenizer. Give the folder of one with "
-            "--set tokenizer=FOLDER: that of openai/clip-vit-base-patch32, or of vinid/plip."
-        )
-    try:
-        return CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MissingWeights(
-            f"{place} holds no tokenizer of CLIP ({' '.join(str(error).split())[:200]})."
-        ) from error
 
 
 _WRITERS: dict[str, Callable[[Published, Path, _Options], _Written]] = {
