@@ -7,9 +7,9 @@ pictures used the same second-order formula with other conventions, and their pi
     N + 1 times evenly spread over 1 .. 0.001     N timesteps of 999 .. 0, rounded, then sigma 0
     fractional model times 999, 949.05, 899.1     integers 999, 949, 899
     ends at t = 0.001: noise of std 0.01 is left  ends at the clean prediction
-    the last step is always of first order        only where steps are few
 
-``alpha`` at a time between two timesteps is interpolated, piecewise linear in log alpha.
+Both begin and end with a step of first order. ``alpha`` at a time between two timesteps is interpolated,
+piecewise linear in log alpha.
 
 Source: Lu et al. 2022, "DPM-Solver++" (https://arxiv.org/abs/2211.01095), algorithm 2 (2M).
 """
