@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 
 from pixcell.diffusion.conditioning import Conditioning
@@ -185,6 +186,32 @@ class TestCall:
         torch.testing.assert_close(
             latents_of(seeing, pictures, latents=noise).cpu(), on_cpu, rtol=1e-2, atol=1e-2
         )
+
+
+class TestPlaces:
+    def test_parts_are_brought_to_where_they_compute(self, pipeline, embeddings):
+        """CPU offload, with the CPU for the accelerator: what is tested is the order of the parts."""
+        expected = latents_of(pipeline, embeddings, output_type="pt")
+        pipeline.enable_model_cpu_offload(device="cpu")
+        called = []
+        for name in ("translator", "transformer", "vae"):
+            hook = getattr(pipeline, name)._hf_hook
+
+            def called_up(module, *args, _name=name, _pre_forward=hook.pre_forward, **kwargs):
+                called.append(_name)
+                return _pre_forward(module, *args, **kwargs)
+
+            hook.pre_forward = called_up
+        assert torch.equal(latents_of(pipeline, embeddings, output_type="pt"), expected)
+        assert list(dict.fromkeys(called)) == ["translator", "transformer", "vae"]
+
+    def test_weights_may_be_kept_elsewhere_layer_by_layer(self, pipeline, embeddings):
+        expected = latents_of(pipeline, embeddings)
+        for name in ("translator", "transformer"):
+            cpu_offload(getattr(pipeline, name), torch.device("cpu"), offload_buffers=True)
+        assert pipeline.translator.device.type == "meta"
+        # nothing is prepared ahead now, which rounds otherwise
+        torch.testing.assert_close(latents_of(pipeline, embeddings), expected, rtol=1e-4, atol=1e-3)
 
 
 class TestPictures:
