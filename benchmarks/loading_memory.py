@@ -5,7 +5,7 @@
 Random weights of full size are written to a temporary folder (up to 8 GB) and removed at the end. Every case
 runs in a process of its own. "By loading" is what the largest resident size of the process grew by after the
 libraries were loaded, mapped pages of files included; "in all" is that size itself. Both are given over the
-size of the weights as they are in memory afterwards. The last case is the plain way: build, read all, copy in.
+size of the weights as they are in memory afterwards. The last case is the plain way: build, read, copy in.
 """
 
 import argparse

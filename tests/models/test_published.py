@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from golden_vectors import load, weights
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.models.adapters import add_lora, lora_state, merge_lora
+from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.controlnet import PixCellControlNetModel
+from pixcell.models.pathldm import ClassEmbedder
 from pixcell.models.published import KINDS, load_model, load_published, open_published, recognise
 from pixcell.models.published_layouts import original_from_diffusers
 from pixcell.models.published_sources import PUBLISHED_WEIGHTS, find_source
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.models.translator import EmbeddingTranslator
-from tiny_models import awake, tiny_transformer
+from tiny_models import awake, tiny_transformer, tiny_vae
 
 TINY_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -381,3 +383,25 @@ def test_what_comes_from_the_hub_knows_its_licence(monkeypatch, transformer, tmp
     published = open_published("pixcell-256")
     assert published.origin.repository == "StonyBrook-CVLab/PixCell-256"
     assert published.origin.licence == "Apache-2.0"
+
+
+# ── a folder that was saved ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        (PixCellTransformer2DModel, tiny_transformer),
+        (PixCellControlNetModel, lambda: PixCellControlNetModel.from_transformer(tiny_transformer())),
+        (EmbeddingTranslator, lambda: EmbeddingTranslator(12, 8, 8, 8, 12, 1)),
+        (ClassEmbedder, lambda: ClassEmbedder(5, 8)),
+        (TissueAutoencoder, tiny_vae),
+    ],
+)
+def test_a_model_that_is_saved_opens_and_is_saved_to_the_same_bytes(kind, make, tmp_path):
+    make().save_pretrained(tmp_path / "a")
+    kind.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    load_model(kind, tmp_path / "a").save_pretrained(tmp_path / "c")
+    for other in ("b", "c"):
+        for file in (tmp_path / "a").iterdir():
+            assert (tmp_path / other / file.name).read_bytes() == file.read_bytes()

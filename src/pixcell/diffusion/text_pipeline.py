@@ -138,7 +138,7 @@ class TextPipeline(DiffusionPipeline):
         text = None
         if "text_encoder" in has:
             text = TextEncoder.from_pretrained(folder, **_text_settings(facts), dtype=torch_dtype)
-        pipeline = cls(
+        return cls(
             unet=load_model(UNet2DConditionModel, folder / "unet", torch_dtype, ("UNet2DConditionModel",)),
             vae=load_vae(folder / "vae"),
             scheduler=load_scheduler(folder / "scheduler") if scheduler is None else scheduler,
@@ -151,8 +151,6 @@ class TextPipeline(DiffusionPipeline):
             else None,
             facts=facts,
         )
-        pipeline.register_to_config(_name_or_path=str(folder))
-        return pipeline
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel, VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pixcell.errors import ModelError
+from pixcell.models.configurations import PlainConfig
 from pixcell.models.pathldm_configs import (
     PATHLDM_FIRST_STAGES,
     PATHLDM_UNET,
@@ -252,7 +253,7 @@ def _check_fixed(what: str, given: Mapping[str, Any], fixed: Mapping[str, tuple[
         raise ModelError(f"the {what} of this configuration is not one built here: {', '.join(wrong)}.")
 
 
-class ClassEmbedder(ModelMixin, ConfigMixin):
+class ClassEmbedder(ModelMixin, PlainConfig):
     """One token per class: the condition of PathLDM without text.
 
     Classes are ``2 * tumour + TIL`` (see :func:`pixcell.models.prompts.class_label`); the last is "no class".

@@ -4,7 +4,6 @@ An opener looks at names and shapes only. What it returns for a part builds the 
 tensor by tensor, so that loading takes little more memory than the model occupies.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
-from pixcell.errors import MissingWeights, ModelError, WrongWeights
+from pixcell.errors import MissingWeights, WrongWeights
 from pixcell.models.adapters import load_lora, read_lora
 from pixcell.models.autoencoder import TissueAutoencoder
+from pixcell.models.configurations import config_in, read_json
 from pixcell.models.controlnet import PixCellControlNetModel
 from pixcell.models.encoders import ENCODERS, timm_module
 from pixcell.models.pathldm import (
@@ -84,7 +84,7 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise MissingWeights(f"{folder} holds no config.json; copy the folder again as a whole.")
-    config = {**_config_in(folder, kind), **changes}
+    config = {**config_in(folder, kind), **changes}
     return _loaded(lambda: kind(**config), open_weights(folder), dtype).eval()
 
 
@@ -320,43 +320,4 @@ def _config_beside(place: Path, kind: type[ModelMixin]) -> dict[str, Any] | None
     if not (place.is_dir() or place.name.startswith(_USUAL_FILES)):
         return None
     folder = place if place.is_dir() else place.parent
-    return _config_in(folder, kind) if (folder / "config.json").is_file() else None
-
-
-def _config_in(folder: Path, kind: type[ModelMixin]) -> dict[str, Any]:
-    """Return the arguments of a class that a folder states.
-
-    Keys that the class does not have are refused where they are set to something: they might change what the
-    weights compute. (Published configurations carry four such keys, all false or null.)
-    """
-    stated = {
-        key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")
-    }
-    known = kind._get_init_keys(kind)
-    unknown = {key: value for key, value in stated.items() if key not in known and value not in (None, False)}
-    if unknown:
-        listed = ", ".join(f"{key} to {value}" for key, value in unknown.items())
-        raise ModelError(
-            f"{folder / 'config.json'} sets {listed}, which {kind.__name__} does not know. It is the "
-            "configuration of another model, or of a newer pixcell; if you know that an entry changes "
-            "nothing, delete it from the file."
-        )
-    return {key: value for key, value in stated.items() if key in known}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        MissingWeights: If there is no such file.
-        ModelError: If it holds none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingWeights(f"there is no {path}; copy the folder again as a whole.") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); copy the folder again as a whole.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
-    return content
+    return config_in(folder, kind) if (folder / "config.json").is_file() else None

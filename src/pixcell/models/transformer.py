@@ -30,7 +30,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PatchEmbed
@@ -51,6 +51,7 @@ from pixcell.models.blocks import (
     condition_positions,
     modulated,
 )
+from pixcell.models.configurations import PlainConfig
 from pixcell.models.growth import GrowthReport, grow
 
 __all__ = [
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 
-class PixCellTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class PixCellTransformer2DModel(ModelMixin, PlainConfig, PeftAdapterMixin, CacheMixin):
     """Predict noise (and variance) of latents from a timestep and the tokens of an embedding grid.
 
     Args:

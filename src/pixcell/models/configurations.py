@@ -1,0 +1,64 @@
+"""Configurations of models: read strictly, and written without the paths of this machine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin
+
+from pixcell.errors import MissingWeights, ModelError
+
+__all__ = ["PlainConfig", "config_in", "read_json"]
+
+
+class PlainConfig(ConfigMixin):
+    """A configuration that does not remember the folder it was loaded from.
+
+    diffusers writes that folder into the file when a model is saved again. Without it a model that is loaded
+    and saved gives the same bytes, and no file tells paths of the machine it was made on.
+    """
+
+    def to_json_string(self) -> str:
+        """Return what ``config.json`` holds."""
+        content = json.loads(super().to_json_string())
+        content.pop("_name_or_path", None)
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def config_in(folder: Path, kind: type[ModelMixin]) -> dict[str, Any]:
+    """Return the arguments of a class that a folder states.
+
+    Keys that the class does not have are refused where they are set to something: they might change what the
+    weights compute. (Published configurations carry four such keys, all false or null.)
+    """
+    stated = {
+        key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")
+    }
+    known = kind._get_init_keys(kind)
+    unknown = {key: value for key, value in stated.items() if key not in known and value not in (None, False)}
+    if unknown:
+        listed = ", ".join(f"{key} to {value}" for key, value in unknown.items())
+        raise ModelError(
+            f"{folder / 'config.json'} sets {listed}, which {kind.__name__} does not know. It is the "
+            "configuration of another model, or of a newer pixcell; if you know that an entry changes "
+            "nothing, delete it from the file."
+        )
+    return {key: value for key, value in stated.items() if key in known}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        MissingWeights: If there is no such file.
+        ModelError: If it holds none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingWeights(f"there is no {path}; copy the folder again as a whole.") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); copy the folder again as a whole.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return content
