@@ -39,11 +39,11 @@ def shapes_of(state):
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def original_model(name):
+def original_model(name, **settings):
     """Our class with the weights of a case in the original layout."""
     tensors, case = load(name)
     state = weights(tensors)
-    model = PixCellTransformer2DModel(**config_from_original(**case["config"])).eval()
+    model = PixCellTransformer2DModel(**config_from_original(**case["config"]), **settings).eval()
     model.load_state_dict(diffusers_from_original(state), strict=True)
     return model, tensors, case
 
@@ -125,6 +125,26 @@ def test_original_weights_give_the_original_output(size):
         "out_null": model(x, tensors["in.timestep"]).sample,
     }.items():
         torch.testing.assert_close(ours, tensors[f"out.{name}"], **CLOSE)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_conditions_dropped_in_training_are_bare_in_the_reference_and_placed_in_ours(size):
+    """The reference trains on one null condition and samples with another; ours is the latter."""
+    outputs = {}
+    for positions in (False, True):
+        model, tensors, _ = original_model(
+            f"original_transformer_{size}like", unconditional_positions=positions
+        )
+        x, y, dropped = tensors["in.x"], tensors["in.y"][:, 0], tensors["out.drop_mask"]
+        outputs[positions] = model(x, tensors["in.timestep"], y, dropped=dropped).sample
+    expected = tensors["out.out_train_with_drop"]
+    torch.testing.assert_close(outputs[False], expected, **CLOSE)
+    assert 0 < dropped.sum() < len(dropped)
+    torch.testing.assert_close(outputs[True][~dropped], expected[~dropped], **CLOSE)
+    torch.testing.assert_close(outputs[True][dropped], tensors["out.out_null"][dropped], **CLOSE)
+    differs = not torch.allclose(outputs[True][dropped], expected[dropped], **CLOSE)
+    assert differs == (size > 256), "a single token has no position"
 
 
 @pytest.mark.parametrize("size", SIZES)
