@@ -9,12 +9,14 @@ import torch
 from accelerate import cpu_offload
 from PIL import Image
 
+from golden_vectors import load
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.control import control_latents_of
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.diffusion.sampling import generator_for, make_scheduler
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.models.controlnet import PixCellControlNetModel
+from pixcell.models.transformer import PixCellTransformer2DModel
 from tiny_models import tiny_controlnet, tiny_kl_vae, tiny_transformer, tiny_vae
 
 STEPS = 3
@@ -538,6 +540,50 @@ class TestControl:
         assert set(controlled.components) == {"transformer", "vae", "scheduler", "controlnet"}
         assert PixCellPipeline(**controlled.components).controlnet is controlled.controlnet
         assert PixCellPipeline(**pipeline.components).controlnet is None
+
+
+class TestPublishedSampling:
+    """The pipeline as a whole walks the published pipelines' way, every step."""
+
+    def walked(self, tensors, case, steps, **arguments):
+        kinds = {"transformer": PixCellTransformer2DModel, "controlnet": PixCellControlNetModel}
+        models = {}
+        for name, kind in kinds.items():
+            config = case["config"].get(name)
+            if config is not None:
+                models[name] = part_of(tensors, kind(**config), f"w.{name}.")
+        if not models:
+            models["transformer"] = part_of(tensors, PixCellTransformer2DModel(**case["config"]), "w.")
+        pipeline = PixCellPipeline(vae=tiny_vae(), scheduler=make_scheduler(), **models)
+        pipeline.set_progress_bar_config(disable=True)
+        trajectory = []
+        pipeline(
+            tensors["in.uni_embeds"],
+            latents=tensors["in.noise"],
+            num_inference_steps=steps,
+            guidance_scale=case["settings"]["guidance"],
+            output_type="latent",
+            callback_on_step_end=lambda _p, _n, _t, given: trajectory.append(given["latents"].clone()),
+            **arguments,
+        )
+        return torch.stack(trajectory)
+
+    @pytest.mark.parametrize("steps", [20, 5])
+    def test_from_embeddings(self, steps):
+        tensors, case = load("hf_pipeline_sampling")
+        trajectory = self.walked(tensors, case, steps)
+        torch.testing.assert_close(trajectory, tensors[f"out.trajectory_{steps}"], rtol=1e-3, atol=1e-3)
+
+    def test_with_a_mask(self):
+        tensors, case = load("controlnet_sampling")
+        trajectory = self.walked(tensors, case, case["settings"]["steps"], control=tensors["in.conditioning"])
+        torch.testing.assert_close(trajectory, tensors["out.trajectory"], rtol=1e-3, atol=1e-3)
+
+
+def part_of(tensors, model, prefix):
+    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    model.load_state_dict(state, strict=True)
+    return model.eval()
 
 
 class TestGuidance:

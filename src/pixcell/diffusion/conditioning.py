@@ -300,8 +300,10 @@ class Conditioning:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Change everything that has a row per sample."""
-        present = [name for name in _PER_SAMPLE if self._has(name)]
-        return replace(self, **{name: change(getattr(self, name)) for name in present})
+        changed: dict[str, Any] = {
+            name: change(getattr(self, name)) for name in _PER_SAMPLE if self._has(name)
+        }
+        return replace(self, **changed)
 
     def _with_blank_control(self, like: Tensor) -> "Conditioning":
         if self.control_latents is not None:

@@ -126,20 +126,18 @@ class PixCellPipeline(DiffusionPipeline):
         index = read_index(folder, _CLASSES, _PARTS)
         facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
         if isinstance(vae, str | Path):
-            vae = LatentCodec.from_pretrained(vae, download=download).vae
+            autoencoder: nn.Module = LatentCodec.from_pretrained(vae, download=download).vae
+        else:
+            autoencoder = load_vae(folder / "vae") if vae is None else vae
         if controlnet is None and index.get("controlnet", [None])[0] is not None:
             controlnet = folder / "controlnet"
         if isinstance(controlnet, str | Path):
             controlnet = load_controlnet(Path(controlnet), torch_dtype)
-        return cls(
-            transformer=load_transformer(folder / "transformer", torch_dtype)
-            if transformer is None
-            else transformer,
-            vae=load_vae(folder / "vae") if vae is None else vae,
-            scheduler=load_scheduler(folder / "scheduler") if scheduler is None else scheduler,
-            facts=facts,
-            controlnet=controlnet,
-        )
+        if transformer is None:
+            transformer = load_transformer(folder / "transformer", torch_dtype)
+        if scheduler is None:
+            scheduler = load_scheduler(folder / "scheduler")
+        return cls(transformer, autoencoder, scheduler, facts, controlnet)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""
