@@ -17,7 +17,6 @@ Noise and velocity go with all but ``euler``; the flow with ``euler``, ``unipc``
 ``dpm-solver++``.
 """
 
-import copy
 import inspect
 import json
 from typing import Any
@@ -234,7 +233,8 @@ def check_steps(num_inference_steps: int, scheduler: SchedulerMixin) -> None:
 
 
 def _first_timestep(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
-    trial = copy.deepcopy(scheduler)  # laying out a way resets a scheduler that may be in use
+    # Another one of its kind: laying out a way resets a scheduler, and this one may be in use.
+    trial = type(scheduler).from_config(scheduler.config)
     lay_out(trial, num_inference_steps)
     return int(trial.timesteps[0])
 
