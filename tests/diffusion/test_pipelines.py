@@ -540,6 +540,9 @@ class TestControl:
         assert set(controlled.components) == {"transformer", "vae", "scheduler", "controlnet"}
         assert PixCellPipeline(**controlled.components).controlnet is controlled.controlnet
         assert PixCellPipeline(**pipeline.components).controlnet is None
+        given = PixCellPipeline.from_pipe(pipeline, controlnet=controlled.controlnet)
+        assert given.controlnet is controlled.controlnet
+        assert (given.transformer, given.facts) == (pipeline.transformer, pipeline.facts)
 
 
 class TestPublishedSampling:

@@ -139,6 +139,16 @@ class PixCellPipeline(DiffusionPipeline):
             scheduler = load_scheduler(folder / "scheduler")
         return cls(transformer, autoencoder, scheduler, facts, controlnet)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **changes: Any) -> Self:
+        """Return a pipeline of the same parts, some of them changed; no weight is copied.
+
+        Args:
+            pipeline: One of ours, for example to give it a control branch.
+            changes: Arguments of the constructor.
+        """
+        return cls(**{**pipeline.components, "facts": getattr(pipeline, "facts", None), **changes})
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""
         super().save_pretrained(str(save_directory), **kwargs)
