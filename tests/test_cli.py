@@ -44,6 +44,7 @@ def test_help_shows_an_example(command):
         (["import", "no-such-folder", "store"], "no-such-folder"),
         (["export", "no-such-store", "folder"], "no-such-store"),
         (["demo", "out", "--slides", "no-such-slide.svs"], "no-such-slide.svs"),
+        (["convert", "no-such-weights", "out"], "no-such-weights"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from golden_vectors import load, weights
 from pixcell.cli import app
 from pixcell.diffusion.pipelines import PixCellPipeline
+from pixcell.diffusion.schedulers import make_scheduler
+from pixcell.diffusion.staining import VirtualStainingPipeline
 from pixcell.diffusion.text_pipeline import TextPipeline
 from pixcell.errors import MissingWeights, ModelError, OutputError, WrongWeights
 from pixcell.files import sha256_of
@@ -106,6 +108,18 @@ def pipeline_folder(folder):
     return place, {}
 
 
+def staining_folder(folder):
+    pipeline = VirtualStainingPipeline(
+        adapted_transformer(),
+        tiny_vae(),
+        make_scheduler(),
+        awake(EmbeddingTranslator(12, 8, 8, 8, 12, 1)),
+        facts={"stain": "HER2"},
+    )
+    pipeline.save_pretrained(folder / "her2")
+    return folder / "her2", {}
+
+
 def adapted_transformer():
     model = tiny_transformer()
     add_lora(model, generator=torch.Generator().manual_seed(0))
@@ -125,6 +139,7 @@ SOURCES = [
     autoencoder_folder,
     adapted_file,
     pipeline_folder,
+    staining_folder,
 ]
 
 
@@ -145,7 +160,9 @@ def test_the_same_source_gives_the_same_bytes_and_the_result_gives_them_again(ma
 @pytest.mark.parametrize("make", SOURCES)
 def test_a_card_says_what_it_is_and_where_it_came_from(make, tmp_path):
     source, options = make(tmp_path)
+    before = files(source) if source.is_dir() else {}
     result = convert(str(source), tmp_path / "out", licence="CC BY 4.0", **options)
+    assert before == (files(source) if source.is_dir() else {}), "the source is only read"
     card = (tmp_path / "out" / "README.md").read_text()
     assert source.name in card
     assert "license_name: 'CC BY 4.0'" in card
@@ -321,7 +338,7 @@ def pathldm(tmp_path):
 
 def test_a_whole_pathldm_checkpoint_becomes_a_pipeline(pathldm, tmp_path):
     source, parts = pathldm
-    options = {"tokenizer": tmp_path / "tokenizer", "config": {"sample_size": 8}}
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "config": {"sample_size": 8}}
     with pytest.raises(WrongWeights, match="--skip-objects"):
         convert(str(source), tmp_path / "out", **options)
     result = convert(str(source), tmp_path / "out", skip_objects=True, **options)
@@ -333,8 +350,10 @@ def test_a_whole_pathldm_checkpoint_becomes_a_pipeline(pathldm, tmp_path):
 
 
 def test_a_text_tower_without_tokenizer_is_a_question(pathldm, tmp_path):
-    with pytest.raises(MissingWeights, match="--set tokenizer=FOLDER"):
+    with pytest.raises(MissingWeights, match="--set tokenizer=plip or clip"):
         convert(str(pathldm[0]), tmp_path / "out", skip_objects=True)
+    with pytest.raises(MissingWeights, match="neither a folder nor one of plip, clip"):
+        convert(str(pathldm[0]), tmp_path / "out", skip_objects=True, tokenizer="bert")
 
 
 def test_an_ldm_autoencoder_alone_is_one_model(pathldm, tmp_path):

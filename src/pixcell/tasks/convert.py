@@ -35,10 +35,10 @@ from pixcell.models.encoders import ENCODERS
 from pixcell.models.published import KINDS, Published, open_published
 from pixcell.models.published_configs import uni_arguments
 from pixcell.models.published_openers import read_json
-from pixcell.models.text import load_tokenizer
+from pixcell.models.text import PUBLISHED_TEXT_ENCODERS, load_tokenizer
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.models.weight_files import Which, open_weights, weight_files_in
-from pixcell.models.weights import Precision, dtype_of, weights_sha256
+from pixcell.models.weights import Precision, dtype_of, fetch, weights_sha256
 from pixcell.tasks.facts import size_of, size_text
 from pixcell.tasks.model_cards import model_card
 
@@ -87,7 +87,7 @@ def convert(
     vae: str | None = None,
     base: str | None = None,
     with_base: bool = False,
-    tokenizer: Path | None = None,
+    tokenizer: str | None = None,
     heads: int | None = None,
     config: dict[str, Any] | None = None,
     licence: str | None = None,
@@ -108,7 +108,7 @@ def convert(
             becomes a whole pipeline, and the published PixCell-256, which has none, a complete one.
         base: The denoiser that adapters alone belong to: what ``source`` may be, too.
         with_base: Of a denoiser with adapters in it, also write the denoiser.
-        tokenizer: Folder of the tokenizer for a PathLDM checkpoint, which has none: that of CLIP, or of PLIP.
+        tokenizer: For a PathLDM checkpoint, which has none: a folder that holds one, or "clip" or "plip".
         heads: Number of attention heads, where nothing tells it.
         config: Entries of the configuration to replace.
         licence: For the model card. None: what public pages state, if the source was asked for by name.
@@ -153,7 +153,7 @@ class _Options:
     dtype: torch.dtype | None
     vae: str | None
     with_base: bool
-    tokenizer: Path | None
+    tokenizer: str | None
     heads: int | None
     download: bool
 
@@ -305,8 +305,8 @@ def _write_encoder(published: Published, folder: Path, options: _Options) -> _Wr
 def _write_pathldm(published: Published, folder: Path, options: _Options) -> _Written:
     if "text_encoder" in published.parts and len(published.parts) > 1 and options.tokenizer is None:
         raise MissingWeights(
-            f"{published.place} holds a text tower and no tokenizer. Give the folder of one with "
-            "--set tokenizer=FOLDER: that of openai/clip-vit-base-patch32, or of vinid/plip."
+            f"{published.place} holds a text tower and no tokenizer. Give the one it was trained with: "
+            f"--set tokenizer={' or '.join(PUBLISHED_TEXT_ENCODERS)}, or a folder that holds it."
         )
     parts = published.load(options.dtype)
     if set(parts) in ({"unet"}, {"vae"}, {"text_encoder"}):
@@ -321,11 +321,22 @@ def _write_pathldm(published: Published, folder: Path, options: _Options) -> _Wr
     stated: dict[str, Any] = {"mpp": 1.0, "guidance_scale": 1.5}
     given: dict[str, Any] = {}
     if "text_encoder" in parts:
-        given["tokenizer"] = load_tokenizer(Path(options.tokenizer))  # type: ignore[arg-type]
+        given["tokenizer"] = load_tokenizer(_tokenizer_folder(str(options.tokenizer), options.download))
         stated["text"] = {"policy": "windows"}
     pipeline = TextPipeline(**parts, **given, scheduler=pathldm_scheduler(), facts=stated)
     pipeline.save_pretrained(folder)
     return parts, ["taken to be trained on 10x (1 micron per pixel), prompts in two windows, as PathLDM"]
+
+
+def _tokenizer_folder(name: str, download: bool) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if name not in PUBLISHED_TEXT_ENCODERS:
+        raise MissingWeights(
+            f"tokenizer {name!r} is neither a folder nor one of {', '.join(PUBLISHED_TEXT_ENCODERS)}."
+        )
+    repository = PUBLISHED_TEXT_ENCODERS[name].repository
+    return fetch(repository, ("tokenizer*.json", "vocab.json", "merges.txt"), download=download)
 
 
 _WRITERS: dict[str, Callable[[Published, Path, _Options], _Written]] = {
