@@ -13,6 +13,7 @@ PROMISES = {
     "02_tile_a_slide.py": (["."], ["first-tile.png", "store/store.json"]),
     "03_train_tiny.py": (["."], ["nano-codec/recipe.yaml", "nano/metrics.jsonl"]),
     "04_stain.py": (["."], ["he.png", "her2.png", "her2/lora/pytorch_lora_weights.safetensors"]),
+    "05_draw_conditions.py": (["."], ["sheet.png", "prior/prior.json", "prior/prototypes/all"]),
 }
 
 

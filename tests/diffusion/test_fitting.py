@@ -77,7 +77,7 @@ def test_full_shrinkage_leaves_independent_dimensions():
     prior = fit(grids(), shrinkage=1.0)
     covariance = covariance_of(prior)
     close(covariance, torch.diag(covariance.diagonal()))
-    assert float(prior.factors.abs().max()) == 0
+    assert float(prior.factors.abs().max()) < 1e-12
 
 
 def test_a_low_rank_keeps_the_leading_covariance():
@@ -196,7 +196,7 @@ class TestClusters:
         ({"shrinkage": 1.5}, "shrinkage 1.5 must be 0"),
         ({"labels": ["a"]}, "300 embeddings were given with 1 labels"),
         ({"labels": ["a"] * 299 + ["b"]}, r"1 embedding\(s\) of label 'b' are too few for 1 component"),
-        ({"components": 301}, r"300 embedding\(s\) are too few for 301"),
+        ({"components": 151}, r"300 embedding\(s\) are too few for 151"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(settings, message):

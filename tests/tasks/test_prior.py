@@ -23,6 +23,7 @@ from pixcell.errors import (
     StoreMismatch,
 )
 from pixcell.provenance import read_provenance
+from pixcell.tasks.inspect import inspect
 from pixcell.tasks.prior import fit_prior
 from pixcell.tasks.sample import sample
 from stores import EMBEDDINGS_MADE_BY, TILING, fill, tiles_of
@@ -235,7 +236,7 @@ class TestBadInput:
             ({"column": "latents-tiny"}, StoreMismatch, "holds latents, not embeddings"),
             ({"column": "embeddings-uni2-h"}, MissingColumn, "there: embeddings-tiny, latents-tiny"),
             ({"size": 48}, StoreMismatch, "48 px cannot be cut"),
-            ({"by": "slide_id", "components": 300}, ModelError, "of label 'unknown' are too few for 300"),
+            ({"by": "slide_id", "components": 40}, ModelError, "of label 'unknown' are too few for 40"),
         ],
     )
     def test_arguments(self, store, tmp_path, arguments, error, message):
@@ -296,6 +297,20 @@ class TestBadInput:
         for place in (tmp_path / "nowhere", pair.path):
             with pytest.raises(MissingWeights, match="Fit one with `pixcell prior"):
                 sample(model, tmp_path / "out", prior=place, count=1, steps=1)
+
+
+def test_a_prior_explains_itself(prior, tmp_path):
+    facts = inspect(prior, verify=True)
+    assert (facts.kind, facts.problems) == ("prior over embeddings", [])
+    assert facts.section("prior")["of"] == "grids of 2 x 2 embeddings"
+    assert facts.section("labels") == [{"label": "breast", "embeddings": 40, "gaussians": 2}]
+    assert facts.section("encoder")["name"] == "tiny"
+    shutil.copytree(prior, tmp_path / "changed")
+    numbers = tmp_path / "changed" / "prior.safetensors"
+    *kept, last = numbers.read_bytes()
+    numbers.write_bytes(bytes([*kept, last ^ 1]))
+    (problem,) = inspect(tmp_path / "changed", verify=True).problems
+    assert "the hash of its numbers differs" in problem
 
 
 def test_the_commands_fit_and_draw(model, pair, tmp_path):

@@ -63,11 +63,11 @@ def fit_mixture(
         raise ModelError(f"shrinkage {shrinkage} must be 0 (as measured) to 1 (variances only).")
     groups = rows_by_label(len(found.values), labels)
     for name, rows in groups.items():
-        if len(rows) < max(2, components):
+        if len(rows) < 2 * components:
             whose = "" if name is None else f" of label {name!r}"
             raise ModelError(
-                f"{len(rows)} embedding(s){whose} are too few for {components} component(s). Tile more "
-                "slides, ask for fewer components, or leave the label out (where)."
+                f"{len(rows)} embedding(s){whose} are too few for {components} component(s), which need two "
+                "each. Tile more slides, ask for fewer components, or leave the label out (where)."
             )
     # In units of their spread all directions are of one size, which keeps the arithmetic exact.
     scale = found.spread.clamp(min=_FLAT * float(found.spread.max())).sqrt()
@@ -278,7 +278,7 @@ def _log_densities(whitened: Tensor, mixture: _Mixture, label: str | None) -> Te
 
 def _factors(covariances: Tensor) -> Tensor:
     """Lower triangular factors; where a covariance is flat, it gets the least that can be factored."""
-    flat = 1e-10 * covariances.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp(min=1e-300)
+    flat = 1e-10 * covariances.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp(min=1e-30)
     eye = torch.eye(covariances.shape[-1], dtype=covariances.dtype)
     return torch.linalg.cholesky(covariances + flat[:, None, None] * eye)
 

@@ -18,6 +18,7 @@ __all__ = [
     "explain_checkpoint",
     "explain_model",
     "explain_pipeline",
+    "explain_prior",
     "explain_recipe",
     "explain_run",
     "explain_weights",
@@ -136,6 +137,38 @@ def explain_model(path: Path, verify: bool = False) -> Facts:
     return Facts(
         "model", path, [Section("model", entries), Section("configuration", flattened(_public(config)))]
     )
+
+
+def explain_prior(path: Path, verify: bool = False) -> Facts:
+    """Explain a prior over embeddings; ``verify`` compares its numbers with their hash."""
+    from pixcell.diffusion.priors import EmbeddingPrior, read_prior_facts
+
+    facts = read_prior_facts(path)
+    problems = []
+    if verify:
+        try:
+            EmbeddingPrior.load(path)
+        except ModelError as error:
+            problems.append(str(error))
+    labels = facts["component_labels"]
+    encoder = {key: facts["encoder"].get(key) for key in ("name", "sha256", "dim", "licence")}
+    entries = {
+        "of": f"grids of {facts['rows']} x {facts['columns']} embeddings",
+        "field size": f"{facts['field_size']} px at {facts['mpp']:g} microns per pixel",
+        "fitted to": facts["number"],
+        "gaussians": len(labels),
+        "directions": facts["rank"],
+        "variance along them": f"{100 * facts['explained']:.1f} %",
+        "size on disk": size_text(size_of(path / "prior.safetensors")),
+    }
+    rows = [(label, number, labels.count(label)) for label, number in facts["per_label"].items()]
+    sections = [
+        Section("prior", entries),
+        Section("labels", columns=("label", "embeddings", "gaussians"), rows=rows),
+        Section("encoder", encoder),
+        Section("how it was fitted", flattened({**facts["fitted_to"], "seed": facts["seed"]})),
+    ]
+    return Facts("prior over embeddings", path, sections, problems, verified=verify)
 
 
 def explain_weights(path: Path, verify: bool = False) -> Facts:

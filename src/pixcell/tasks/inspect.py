@@ -20,6 +20,7 @@ from pixcell.tasks.explain_models import (
     explain_checkpoint,
     explain_model,
     explain_pipeline,
+    explain_prior,
     explain_recipe,
     explain_run,
     explain_weights,
@@ -36,6 +37,7 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], Facts]],
         lambda path: (path / "checkpoint.json").is_file(),
         explain_checkpoint,
     ),
+    ("a prior (folder with prior.json)", lambda path: (path / "prior.json").is_file(), explain_prior),
     ("a training run (folder with recipe.yaml)", lambda path: (path / "recipe.yaml").is_file(), explain_run),
     (
         "a pipeline (folder with model_index.json or pixcell.json)",
@@ -65,7 +67,7 @@ def inspect(path: Path, *, verify: bool = False) -> Facts:
     """Say what something is: resolution and where it was read, contents, provenance.
 
     Knows slides, folders of slides or pictures, tile stores, recipes, training runs, checkpoints, pipelines,
-    models, weight files, generated pictures and reports.
+    models, weight files, priors, generated pictures and reports.
 
     Args:
         path: The thing; recipes of the package also by name.

@@ -445,6 +445,8 @@ def _write_sheet(
         "unconditional" if recipe["guidance_scale"] is None else f"guidance {recipe['guidance_scale']:g}"
     )
     how = f"seed {recipe['seed']}, {recipe['steps']} steps, {guidance}"
+    if recipe["prior"] is not None:
+        how += f", {otherwise}"
     title = f"Synthetic tissue{more}: {recipe['model']}{step}, {how}"
     path = out / SHEET_NAME
     sheet = draw_contact_sheet(title, rows)
