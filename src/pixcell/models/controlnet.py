@@ -173,7 +173,7 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
         hidden_states: Float[Tensor, "batch channels height width"],
         timestep: Tensor | float | TimeModulation,
         encoder_hidden_states: Tensor | PreparedCondition | None,
-        control_latents: Float[Tensor, "_ _ _ _"],
+        controlnet_cond: Float[Tensor, "_ _ _ _"],
         conditioning_scale: float | Float[Tensor, " batch"] = 1.0,
         return_dict: bool = True,
         dropped: Bool[Tensor, " batch"] | None = None,
@@ -186,7 +186,7 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
                 of this branch made of it.
             encoder_hidden_states: Embeddings as the encoder gave them, (batch, tokens, dim), or what
                 :meth:`prepare` of this branch made of them. None: no condition.
-            control_latents: Normalised latents of the control image, of the size of ``hidden_states``.
+            controlnet_cond: Normalised latents of the control image, of the size of ``hidden_states``.
             conditioning_scale: Factor on the residuals; one for all, or one per sample.
             return_dict: Return a :class:`ControlOutput` instead of a tuple of one.
             dropped: Samples to be treated as having no condition besides the control. None: none of them.
@@ -195,14 +195,14 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
             ModelError: If a size is not the model's, before anything is computed.
         """
         conditions, modulation = self._conditions(hidden_states, timestep, encoder_hidden_states, dropped)
-        if control_latents.shape != hidden_states.shape:
+        if controlnet_cond.shape != hidden_states.shape:
             raise ModelError(
-                f"the control latents are {tuple(control_latents.shape)}, the latents "
+                f"the control latents are {tuple(controlnet_cond.shape)}, the latents "
                 f"{tuple(hidden_states.shape)}; both must be equal. Make the control image as large as the "
                 "picture, and encode it with the same autoencoder."
             )
         dtype = self._dtype
-        tokens = self.pos_embed(hidden_states.to(dtype)) + self.cond_pos_embed(control_latents.to(dtype))
+        tokens = self.pos_embed(hidden_states.to(dtype)) + self.cond_pos_embed(controlnet_cond.to(dtype))
         if isinstance(conditioning_scale, Tensor):
             conditioning_scale = conditioning_scale.to(tokens)[:, None, None]
         residuals = []
