@@ -132,7 +132,7 @@ class EmbeddingPrior:
     def check_draw(self, label: str | None, temperature: float) -> None:
         """Refuse what cannot be drawn; see :meth:`sample`."""
         if label is not None and label not in self.labels:
-            there = listed(self.names) if self.names else "none: it was fitted without --by"
+            there = listed(self.names, 20) if self.names else "none: it was fitted without --by"
             raise ModelError(f"the prior has no label {label!r}. Labels: {there}.")
         if not (np.isfinite(temperature) and temperature >= 0):
             raise ModelError(f"temperature {temperature} must be 0 or more (1 is as measured).")
