@@ -43,6 +43,8 @@ def test_times_and_noise_levels_are_the_published_ones(case, name):
     scheduler.set_timesteps(int(name.split("_")[0]))
     model_times = tensors[f"out.model_times_{name}"]
     torch.testing.assert_close(scheduler.timesteps, model_times[:-1], rtol=1e-6, atol=1e-4)
+    clock = scheduler.timesteps / 1000 + 0.001
+    torch.testing.assert_close(clock, tensors[f"out.times_{name}"][:-1], rtol=1e-6, atol=1e-6)
     for ours, theirs in ("alphas", "alpha"), ("sigmas", "sigma"), ("lambdas", "lambda"):
         # the published sigma comes from 1 - alpha^2 in float32, which at the clean end has four digits
         torch.testing.assert_close(

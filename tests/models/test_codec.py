@@ -295,6 +295,7 @@ def test_parity_with_the_published_family():
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(mean, tensors["out.mean"], **close)
     torch.testing.assert_close(std, tensors["out.std"], **close)
+    torch.testing.assert_close(2 * std.log(), tensors["out.logvar"], **close)
     torch.testing.assert_close(codec.normalise(mean), tensors["out.normalised_mean"], **close)
     stored = torch.cat([mean, std], dim=1).half()
     torch.testing.assert_close(stored, tensors["out.stored_half"], rtol=1e-3, atol=1e-5)  # half: 1 ulp

@@ -100,10 +100,13 @@ def test_other_sizes_stretch_the_positions_as_the_reference_does(shape):
     torch.testing.assert_close(sample, tensors[f"out.sample_{shape}"], **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["1tok", "4tok", "16tok"])
 @torch.no_grad()
-def test_inner_tensors_are_the_reference_ones():
-    model, tensors = golden_model("diffusers_transformer_4tok")
+def test_inner_tensors_are_the_reference_ones(name):
+    model, tensors = golden_model(f"diffusers_transformer_{name}")
     seen = {}
+    if model.y_pos_embed is not None:
+        seen["y_pos_embed_table"] = model.y_pos_embed.y_pos_embed
     for index, block in enumerate(model.transformer_blocks):
         block.register_forward_hook(lambda _m, _i, out, index=index: seen.update({f"block_{index}": out}))
     model.pos_embed.register_forward_hook(lambda _m, _i, out: seen.update(patch_embedded_with_pos=out))
@@ -114,9 +117,10 @@ def test_inner_tensors_are_the_reference_ones():
         lambda _m, args, out: seen.update(condition_plus_pos=args[0], caption_projected=out)
     )
     model(tensors["in.hidden_states"], tensors["in.timestep"], tensors["in.encoder_hidden_states"])
-    assert len(seen) == 7
-    for name, value in seen.items():
-        torch.testing.assert_close(value, tensors[f"out.{name}"], **CLOSE)
+    inner = {key for key in tensors if key.startswith("out.") and not key.startswith("out.sample")}
+    assert len(inner) == {"1tok": 6, "4tok": 8, "16tok": 6}[name]
+    for key in inner:
+        torch.testing.assert_close(seen[key.removeprefix("out.")], tensors[key], **CLOSE)
 
 
 def test_position_tables_are_the_original_ones():

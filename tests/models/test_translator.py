@@ -57,7 +57,10 @@ class TestPublished:
     @torch.no_grad()
     def test_velocity(self, golden):
         model, tensors = golden
+        seen = []
+        model.time_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         velocity = model(tensors["in.he"], tensors["in.time_input"])
+        torch.testing.assert_close(seen[0], tensors["out.time_features"], **CLOSE)
         torch.testing.assert_close(velocity, tensors["out.velocity"], **CLOSE)
 
     @torch.no_grad()

@@ -8,8 +8,8 @@ They are a DDIM loop over windows. What is theirs, and not diffusers', is which 
 their conditions are those of :func:`~pixcell.diffusion.windows.windowed`; decoding in windows is
 :meth:`LatentCodec.decode <pixcell.models.codec.LatentCodec.decode>` with ``weight="gaussian"``.
 
-For pictures, any scheduler of :mod:`pixcell.diffusion.sampling` does as well or better on the same windows:
-these two are here so that published results can be repeated.
+Any scheduler of :mod:`pixcell.diffusion.schedulers` runs on the same windows, and ends at clean latents:
+these settings are here so that published results can be repeated.
 """
 
 from typing import Any
