@@ -385,7 +385,10 @@ def convert(
     source: Annotated[str, Argument(help="A file, a folder, a published name, or owner/name on the hub.")],
     dest: Annotated[Path, Argument(help="The folder to write; it must not exist.")],
     kind: Annotated[
-        str | None, Option("--as", help="What it is, where the names of its tensors should not decide.")
+        str | None,
+        Option(
+            "--as", help="What it is (pixcell-original, lora, ...), where tensor names should not decide."
+        ),
     ] = None,
     weights: Annotated[
         Literal["auto", "ema", "raw"],

@@ -303,6 +303,7 @@ def test_a_number_format_can_be_chosen_and_is_kept_afterwards(tmp_path, precisio
     convert(str(source), tmp_path / "half", precision=precision, **options)
     stored = load_file(tmp_path / "half" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {dtype}
+    assert f"rounded to {precision}" in (tmp_path / "half" / "README.md").read_text()
     convert(str(tmp_path / "half"), tmp_path / "again")
     assert files(tmp_path / "half") == files(tmp_path / "again")
 

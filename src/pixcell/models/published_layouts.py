@@ -104,7 +104,8 @@ def _ours(name: str) -> tuple[str, ...]:
     """Return our names of a tensor of the original layout; a foreign name as it is."""
     if name in _TENSORS:
         return (_TENSORS[name],)
-    before, modules, inner = "", _MODULES, name
+    before, inner = "", name
+    modules: Mapping[str, tuple[str, ...]] = _MODULES
     if match := _IN_BLOCK.fullmatch(name):
         before, modules, inner = f"transformer_blocks.{match[1]}.", _BLOCK_MODULES, match[2]
         if inner == "scale_shift_table":

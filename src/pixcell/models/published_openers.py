@@ -59,7 +59,7 @@ class Options:
     which: Which = "auto"
     skip_objects: bool = False
     num_attention_heads: int | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     base: nn.Module | None = None
 
 
@@ -150,7 +150,7 @@ def _with_adapters(stored: StoredWeights, place: Path, options: Options) -> Part
     parts, notes = _denoiser(plain, place, options)
 
     def load(dtype: torch.dtype | None) -> nn.Module:
-        model = parts["transformer"](dtype)
+        model: Any = parts["transformer"](dtype)
         load_lora(model, read_lora(_adapters_in(stored)))
         return model
 
@@ -198,7 +198,7 @@ def _uni(stored: StoredWeights, place: Path, options: Options) -> Parts:
     arguments, notes = uni_arguments(
         stored.mapped(), ENCODERS["uni2-h"].arguments, options.num_attention_heads
     )
-    spec = replace(ENCODERS["uni2-h"], arguments=arguments | dict(options.config))
+    spec = replace(ENCODERS["uni2-h"], arguments=arguments | options.config)
     return {"encoder": lambda dtype: timm_module(spec, stored, dtype)}, notes
 
 

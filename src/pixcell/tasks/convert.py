@@ -141,7 +141,7 @@ def convert(
         parts, notes = _WRITERS.get(published.kind, _write_model)(published, folder, options)
         _forget_places(folder)
         hashes = {name: weights_sha256(part) for name, part in sorted(parts.items())}
-        origin = _origin(published, hashes, licence, (*published.notes, *notes))
+        origin = _origin(published, hashes, licence, precision, (*published.notes, *notes))
         write_json(folder / ORIGIN_FILE, origin)
         counts = {name: _count(part) for name, part in sorted(parts.items())}
         write_text(folder / "README.md", model_card(folder, origin, counts))
@@ -308,10 +308,10 @@ def _write_pathldm(published: Published, folder: Path, options: _Options) -> _Wr
             f"{published.place} holds a text tower and no tokenizer. Give the one it was trained with: "
             f"--set tokenizer={' or '.join(PUBLISHED_TEXT_ENCODERS)}, or a folder that holds it."
         )
-    parts = published.load(options.dtype)
+    parts: dict[str, Any] = {**published.load(options.dtype)}
     if set(parts) in ({"unet"}, {"vae"}, {"text_encoder"}):
         ((_, model),) = parts.items()
-        model.save_pretrained(str(folder))  # type: ignore[operator]
+        model.save_pretrained(str(folder))
         return parts, []
     if missing := {"unet", "vae"} - set(parts):
         raise MissingWeights(
@@ -361,7 +361,11 @@ def _forget_places(folder: Path) -> None:
 
 
 def _origin(
-    published: Published, hashes: Mapping[str, str], licence: str | None, notes: tuple[str, ...]
+    published: Published,
+    hashes: Mapping[str, str],
+    licence: str | None,
+    precision: str,
+    notes: tuple[str, ...],
 ) -> dict[str, Any]:
     """Say what was converted. A folder that was converted before, and is as it was then, keeps its origin."""
     before = published.place / ORIGIN_FILE
@@ -379,6 +383,7 @@ def _origin(
         "licence_from": "given" if licence else ("public pages" if source else "not known"),
         "files_sha256": _file_hashes(published.place),
         "weights_sha256": dict(hashes),
+        "precision": precision,
         "notes": list(notes),
     }
 

@@ -64,8 +64,12 @@ def model_card(folder: Path, origin: Mapping[str, Any], parameters: Mapping[str,
         "",
         f"# {origin['name']}",
         "",
-        f"{_sentence(origin['what'])} Converted to safetensors by `pixcell convert`, without a change to any "
-        "number.",
+        f"{_sentence(origin['what'])} Converted to safetensors by `pixcell convert`, "
+        + (
+            "without a change to any number."
+            if origin["precision"] == "stored"
+            else f"rounded to {origin['precision']}."
+        ),
         "",
         f"> {_CAUTION}",
         "",
