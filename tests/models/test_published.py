@@ -8,18 +8,22 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from golden_vectors import load, weights
+from golden_vectors import FOLDER, load, weights
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.models.adapters import add_lora, lora_state, merge_lora
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.controlnet import PixCellControlNetModel
+from pixcell.models.encoders import ENCODERS
 from pixcell.models.pathldm import ClassEmbedder
+from pixcell.models.pathldm_layout import to_ldm
 from pixcell.models.published import KINDS, load_model, load_published, open_published, recognise
+from pixcell.models.published_configs import config_of_autoencoder, config_of_controlnet, uni_arguments
 from pixcell.models.published_layouts import original_from_diffusers
 from pixcell.models.published_sources import PUBLISHED_WEIGHTS, find_source
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.models.translator import EmbeddingTranslator
 from tiny_models import awake, tiny_transformer, tiny_vae
+from tiny_pathldm import tiny_unet
 
 TINY_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -229,6 +233,77 @@ def test_an_autoencoder_whose_scale_nothing_tells_is_refused(tmp_path):
         open_published(tmp_path / "vae.safetensors")
     given = open_published(tmp_path / "vae.safetensors", config={"scaling_factor": 0.18215})
     assert given.load()["vae"].config.scaling_factor == 0.18215
+
+
+@pytest.mark.parametrize(("which", "shift"), [("auto", 1.0), ("ema", 1.0), ("raw", 0.0)])
+def test_averages_inside_an_ldm_checkpoint_are_taken_if_there_are_any(tmp_path, which, shift):
+    unet = to_ldm(tiny_unet())
+    state = {f"model.diffusion_model.{name}": value for name, value in unet.items()}
+    state |= {f"model_ema.diffusion_model{name.replace('.', '')}": value + 1 for name, value in unet.items()}
+    torch.save({"state_dict": state}, tmp_path / "ldm.ckpt")
+    model = load_published(tmp_path / "ldm.ckpt", which=which)["unet"]
+    assert torch.equal(model.conv_out.bias, tiny_unet().conv_out.bias + shift)
+
+
+# ── names and shapes of the published files, at full size ────────────────────────────────────────────
+
+
+def manifest(name, prefix="", block="transformer_blocks"):
+    about = json.loads((FOLDER / f"manifest_{name}.json").read_text())
+    shapes = about.get("tensors") or about.get("parameters") or dict(about["others"])
+    for number in range(about.get("num_blocks", 0)):
+        shapes |= {f"{block}.{number}.{key}": shape for key, shape in about["block"].items()}
+    return {prefix + key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, about
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "kind"),
+    [
+        ("pixcell_256", "transformer_blocks", "pixcell"),
+        ("pixcell_1024", "transformer_blocks", "pixcell"),
+        ("pixcell_controlnet", "transformer_blocks", "controlnet"),
+        ("staining_lora", "transformer_blocks", "lora"),
+        ("staining_translator", "res_blocks", "translator"),
+        ("uni2h", "", "uni2-h"),
+        ("sd35_vae", "", "autoencoder"),
+        ("pathldm-unet", "", "pathldm"),
+        ("pathldm-first-stage-vq-f4", "", "pathldm"),
+        ("pathldm-first-stage-kl-f8", "", "pathldm"),
+        ("pathldm-text-encoder", "", "text-encoder"),
+    ],
+)
+def test_published_names_are_recognised(name, block, kind):
+    state, about = manifest(name, block=block)
+    assert len(state) == about.get("num_tensors", len(state))
+    assert recognise(state) == kind
+    if kind == "lora":
+        assert recognise({key for key in state if ".lora_" in key}) == "lora-adapter"
+    if kind == "text-encoder":
+        assert recognise({f"cond_stage_model.transformer.{key}" for key in state}) == "pathldm"
+
+
+def test_the_published_encoder_is_told_by_its_shapes():
+    state, _ = manifest("uni2h")
+    arguments, _ = uni_arguments(state, ENCODERS["uni2-h"].arguments)
+    assert arguments == ENCODERS["uni2-h"].arguments
+
+
+def test_the_published_autoencoder_is_told_by_its_shapes():
+    state, about = manifest("sd35_vae")
+    config, assumed = config_of_autoencoder(state)
+    assert config == {key: about["config"][key] for key in config}
+    assert "Stable Diffusion 3" in assumed[0]
+    with torch.device("meta"):
+        model = AutoencoderKL(**config)
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in state.items()
+    }
+
+
+def test_the_published_branch_is_told_by_its_shapes():
+    state, about = manifest("pixcell_controlnet")
+    config, _ = config_of_controlnet(state)
+    assert config == {key: about["config"][key] for key in config}
 
 
 # ── pipelines ────────────────────────────────────────────────────────────────────────────────────────

@@ -235,11 +235,16 @@ def _text_encoder(stored: StoredWeights, place: Path, options: Options) -> Parts
 
 def _pathldm(stored: StoredWeights, place: Path, options: Options) -> Parts:
     """Open a checkpoint of everything that a training held; each part is read alone."""
-    source, ema = str(place), options.which == "ema"
+    source = str(place)
     whole = split_ldm_checkpoint(stored.mapped(), source=source)
+    ema = options.which == "ema" or (options.which == "auto" and whole.has_ema)
     notes = [] if not whole.ignored else [f"{len(whole.ignored)} tensors of the training left out"]
-    if whole.has_ema and not ema:
-        notes.append("the U-Net's last weights; its running averages with --weights ema")
+    if whole.has_ema:
+        notes.append(
+            "the U-Net's running averages; its last weights with --weights raw"
+            if ema
+            else "the U-Net's last weights"
+        )
     heads = options.num_attention_heads or 1
     parts: dict[str, Part] = {}
 

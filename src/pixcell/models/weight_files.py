@@ -39,7 +39,7 @@ _ATTACKS = (
     *("os.", "posix.", "nt.", "sys.", "subprocess.", "shutil.", "socket."),
     *(f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__")),
 )
-_AVERAGED = "state_dict_ema"
+_AVERAGED, _AVERAGED_INSIDE = "state_dict_ema", "model_ema."
 _TRAINED = ("state_dict", "model")
 # Buffers of the published training; see _trained_constants.
 _CONSTANTS = ("y_embedder.y_embedding", "y_pos_embed")
@@ -340,7 +340,9 @@ def _where_weights_are(content: Any, which: Which, path: Path) -> tuple[tuple[st
         ):
             notes.append('with the "no condition" vector of the trained ones: the averaged copy has another')
         return (_AVERAGED,), notes
-    if which == "ema":
+    # Checkpoints in the ldm layout keep averages among the other tensors; see models.pathldm_layout.
+    inside = trained is not None and any(str(name).startswith(_AVERAGED_INSIDE) for name in content[trained])
+    if which == "ema" and not inside:
         raise MissingWeights(
             f"{path} holds no averaged weights ({_AVERAGED}); its keys are "
             f"{', '.join(list(map(str, content))[:6])}. Take the trained ones: --weights raw."
