@@ -77,7 +77,8 @@ class Prototypes:
         """
         places = [place for place, own in enumerate(self.labels) if label is None or own == label]
         if not places:
-            raise ModelError(f"there is no prototype of {label!r}. Labels: {listed(self.names, 20) or 'none'}.")
+            known = listed(self.names, 20) or "none"
+            raise ModelError(f"there is no prototype of {label!r}. Labels: {known}.")
         return places
 
     def conditioning(self, label: str | None = None) -> Conditioning:
