@@ -36,6 +36,7 @@ _HOMES = {
     "fit_prior": "pixcell.tasks.prior",
     "sample": "pixcell.tasks.sample",
     "evaluate": "pixcell.tasks.evaluate",
+    "convert": "pixcell.tasks.convert",
     "inspect": "pixcell.tasks.inspect",
 }
 

@@ -230,6 +230,21 @@ def test_a_weight_file_tells_its_tensors_without_being_loaded(tmp_path):
     assert facts.section("tensors") == [{"name": "a", "format": "F16", "shape": "3 x 5"}]
 
 
+def test_published_weights_say_which_they_are_and_are_not_run(tmp_path):
+    original = {
+        "x_embedder.proj.weight": torch.zeros(4, 2, 2, 2),
+        "y_embedder.y_proj.fc1.weight": torch.zeros(4, 3),
+    }
+    torch.save({"state_dict": original, "state_dict_ema": original, "epoch": 1}, tmp_path / "pixcell.ckpt")
+    facts = checked(tmp_path / "pixcell.ckpt")
+    assert facts.section("weights")["recognised as"] == "PixCell denoiser, original layout (pixcell-original)"
+    assert "averaged" in facts.section("weights")["taken from it"]
+    assert facts.section("tensors")[0]["shape"] == "4 x 2 x 2 x 2"
+    torch.save({"state_dict": original, "hook": Path("x")}, tmp_path / "more.pth")
+    with pytest.raises(ModelError, match="would run code"):
+        inspect(tmp_path / "more.pth")
+
+
 @pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 8, (2).to_bytes(8, "little") + b"[]"])
 def test_a_damaged_weight_file_is_refused(tmp_path, content):
     (tmp_path / "w.safetensors").write_bytes(content)

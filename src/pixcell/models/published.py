@@ -162,7 +162,7 @@ _LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 
 # The first that holds decides, so the most particular stand first.
 _MARKS: dict[str, Callable[[set[str]], bool]] = {
-    "lora-adapter": lambda names: all(".lora_" in name for name in names),
+    "lora-adapter": lambda names: bool(names) and all(".lora_" in name for name in names),
     "lora": lambda names: any(".lora_A." in name for name in names),
     "controlnet": lambda names: {"controlnet_blocks.0.weight", "cond_pos_embed.proj.weight"} <= names,
     "pixcell": lambda names: {"caption_projection.uncond_embedding", "pos_embed.proj.weight"} <= names,

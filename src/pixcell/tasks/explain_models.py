@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pixcell.config import load_recipe
-from pixcell.errors import ModelError, RecipeError, RunError
+from pixcell.errors import ModelError, RecipeError, RunError, WrongWeights
 from pixcell.tasks.facts import Facts, Section, flattened, size_of, size_text
 
 __all__ = [
     "explain_checkpoint",
     "explain_model",
+    "explain_pickle",
     "explain_pipeline",
     "explain_prior",
     "explain_recipe",
@@ -179,6 +180,7 @@ def explain_weights(path: Path, verify: bool = False) -> Facts:
     rows = [(name, each["dtype"], " x ".join(map(str, each["shape"]))) for name, each in header.items()]
     parameters, formats = _counted([header])
     entries = {
+        "recognised as": _recognised(set(header)),
         "tensors": len(rows),
         "parameters": f"{parameters:,}",
         "number format": formats,
@@ -193,6 +195,48 @@ def explain_weights(path: Path, verify: bool = False) -> Facts:
             Section("tensors", columns=("name", "format", "shape"), rows=rows),
         ],
     )
+
+
+def explain_pickle(path: Path, verify: bool = False) -> Facts:
+    """Explain a pickle of tensors: their names, shapes and formats; no value is read and nothing is run.
+
+    Raises:
+        WrongWeights: If it is damaged, or holds more than tensors.
+    """
+    del verify
+    from pixcell.models.weight_files import open_weights
+
+    stored = open_weights(path)
+    rows = [
+        (name, str(stored.dtypes[name]).removeprefix("torch."), " x ".join(map(str, shape)))
+        for name, shape in stored.shapes.items()
+    ]
+    entries = {
+        "recognised as": _recognised(set(stored.shapes)),
+        "tensors": len(rows),
+        "values": f"{sum(math.prod(shape) for shape in stored.shapes.values()):,}",
+        "number format": ", ".join(str(dtype).removeprefix("torch.") for dtype in stored.floating_dtypes),
+        "size on disk": size_text(size_of(path)),
+        **({"taken from it": "; ".join(stored.notes)} if stored.notes else {}),
+    }
+    return Facts(
+        "file of weights (pickle)",
+        path,
+        [
+            Section("weights", entries),
+            Section("tensors", columns=("name", "format", "shape"), rows=rows),
+        ],
+    )
+
+
+def _recognised(names: set[str]) -> str:
+    from pixcell.models.published import KINDS, recognise
+
+    try:
+        kind = recognise(names)
+    except WrongWeights:
+        return "nothing published that pixcell knows"
+    return f"{KINDS[kind]} ({kind})"
 
 
 def explain_recipe(path: Path, verify: bool = False) -> Facts:

@@ -19,6 +19,7 @@ from pixcell.tasks.explain import (
 from pixcell.tasks.explain_models import (
     explain_checkpoint,
     explain_model,
+    explain_pickle,
     explain_pipeline,
     explain_prior,
     explain_recipe,
@@ -58,6 +59,11 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], Facts]],
     ("a recipe (.yaml)", lambda path: path.suffix.lower() in (".yaml", ".yml"), explain_recipe),
     ("a report (.json)", lambda path: _is_report(path), explain_report),
     ("weights (.safetensors)", lambda path: path.suffix == ".safetensors", explain_weights),
+    (
+        "weights (.ckpt, .pth, .pt, .bin)",
+        lambda path: path.is_file() and path.suffix in (".ckpt", ".pth", ".pt", ".bin"),
+        explain_pickle,
+    ),
     ("a generated picture (.png)", lambda path: _has_record(path), explain_picture),
     ("a slide or image", lambda path: path.suffix.lower() in SLIDE_SUFFIXES, explain_slide),
 )
