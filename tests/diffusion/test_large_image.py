@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from golden_vectors import load, weights
 from pixcell.diffusion.conditioning import Conditioning
+from pixcell.diffusion.denoisers import denoiser_of
 from pixcell.diffusion.guidance import guided
 from pixcell.diffusion.large_image import GRAIKOS, PIXCELL, LargeImageScheduler, one_late
 from pixcell.diffusion.respaced import RespacedDDIMScheduler
-from pixcell.diffusion.sampling import denoiser_of, sample_latents
+from pixcell.diffusion.sampling import sample_latents
 from pixcell.diffusion.windows import between_fields, window_boxes, windowed
 from pixcell.errors import ModelError
 from pixcell.geometry import Box

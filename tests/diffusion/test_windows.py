@@ -5,8 +5,9 @@ import torch
 
 from golden_vectors import load
 from pixcell.diffusion.conditioning import Conditioning, Denoiser
+from pixcell.diffusion.denoisers import denoiser_of
 from pixcell.diffusion.guidance import guided
-from pixcell.diffusion.sampling import denoiser_of, make_scheduler, noise_for, sample_latents
+from pixcell.diffusion.sampling import make_scheduler, noise_for, sample_latents
 from pixcell.diffusion.windows import arc_between, between_fields, fields_under, window_boxes, windowed
 from pixcell.errors import ModelError
 from pixcell.geometry import Box
@@ -138,6 +139,16 @@ def test_a_windowed_denoiser_is_a_denoiser_that_every_scheduler_takes():
         whole = sample_latents(local, make_scheduler(name), noise, Conditioning(), 5)
         in_windows = sample_latents(denoiser, make_scheduler(name), noise, Conditioning(), 5)
         torch.testing.assert_close(in_windows, whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_learned_variance_is_blended_like_the_prediction(transformer):
+    denoiser = denoiser_of(transformer, with_variance=True)
+    latents, conditioning = normal(1, 4, 16, 24), Conditioning(normal(1, 2, 3, 12))
+    whole = windowed(denoiser, 16, 8, latents_per_field=8)(latents, TIMESTEP, conditioning)
+    plain = windowed(denoiser_of(transformer), 16, 8, latents_per_field=8)(latents, TIMESTEP, conditioning)
+    assert whole.shape == (1, 8, 16, 24)
+    torch.testing.assert_close(whole[:, :4], plain)
 
 
 def test_half_precision_latents_are_blended_in_float32_and_returned_as_they_came():

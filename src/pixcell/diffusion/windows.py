@@ -171,14 +171,20 @@ def windowed(
         total = own.new_zeros(height, width)
         for box in boxes:
             total[_area(box)] += own
-        prediction = torch.zeros_like(latents, dtype=torch.float32)
+        # Made when the first answer is there: it may hold a learned variance behind the prediction.
+        prediction: Tensor | None = None
         for start in range(0, len(boxes), windows_per_call):
             chosen = slice(start, start + windows_per_call)
             windows = torch.cat([latents[..., *_area(box)] for box in boxes[chosen]])
             times = timestep if timestep.ndim == 0 else timestep.repeat(len(windows) // batch_size)
             predicted = denoiser(windows, times, Conditioning.cat(parts[chosen]))
+            if prediction is None:
+                prediction = predicted.new_zeros(
+                    batch_size, predicted.shape[1], height, width, dtype=torch.float32
+                )
             for box, part in zip(boxes[chosen], predicted.split(batch_size), strict=True):
                 prediction[..., *_area(box)] += part * (own / total[_area(box)])
+        assert prediction is not None, "a canvas has at least one window"
         return prediction.to(latents.dtype)
 
     return denoise
