@@ -164,7 +164,7 @@ class ConditionProjection(PixArtAlphaTextProjection):
             self.register_buffer("uncond_embedding", unconditional)
 
     def tokens(self) -> Float[Tensor, "tokens dim"]:
-        """Return the "no condition" tokens, also while the weights are kept elsewhere (sequential offload)."""
+        """Return the "no condition" tokens, also while weights are kept elsewhere (sequential offload)."""
         hook = getattr(self, "_hf_hook", None)
         if self.uncond_embedding.is_meta and hook is not None:
             kept: Tensor = hook.weights_map["uncond_embedding"]

@@ -53,6 +53,7 @@ from pixcell.models.blocks import (
 )
 from pixcell.models.configurations import PlainConfig
 from pixcell.models.growth import GrowthReport, grow
+from pixcell.models.time_features import TimeFeatures
 
 __all__ = [
     "GrowthReport",
@@ -178,6 +179,7 @@ class PixCellTransformer2DModel(ModelMixin, PlainConfig, PeftAdapterMixin, Cache
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, patch_size * patch_size * self.out_channels)
         self.adaln_single = AdaLayerNormSingle(width, use_additional_conditions=False)
+        self.adaln_single.emb.time_proj = TimeFeatures()
         self.caption_projection = ConditionProjection(
             caption_channels, width, caption_num_tokens, learn_unconditional_embedding
         )
