@@ -7,7 +7,8 @@ Runs the test files that tests/golden/README.md names, and watches what the test
 case whose stored tensor it is made with; where that tensor was computed with first, for all cases whose
 results the test looks at. Cases without numbers (strings, names, shapes) are compared exactly.
 
-Prints a Markdown table; a test that fails is said to.
+Prints a Markdown table, and with ``--update`` writes its rows into docs/models/agreement.md. A test that
+fails is named in its place.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/models/agreement.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import golden_vectors  # noqa: E402
@@ -186,6 +188,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help="only these cases")
     parser.add_argument("--tests", action="store_true", help="list what each test compared")
     parser.add_argument("--unread", action="store_true", help="list stored results that no test looks at")
+    parser.add_argument("--update", action="store_true", help=f"write the rows into {PAGE.name}")
     chosen = parser.parse_args()
     cases = {name: case for name, case in listed_cases().items() if name in (chosen.cases or [name])}
     recorder = Recorder()
@@ -196,8 +199,11 @@ def main() -> int:
         "\n| case | what | largest difference | of values up to | tolerance (rel / abs) | share of it used |"
     )
     print("|---|---|---|---|---|---|")
-    for name, case in cases.items():
-        print(f"| `{name}` | {case.what} | {_measured(name, recorder)} |")
+    rows = {name: f"| `{name}` | {case.what} | {_measured(name, recorder)} |" for name, case in cases.items()}
+    print("\n".join(rows.values()))
+    if chosen.update and not status:
+        lines = PAGE.read_text(encoding="utf-8").splitlines()
+        PAGE.write_text("\n".join(_row_for(line, rows) for line in lines) + "\n", encoding="utf-8")
     for case in cases:
         for noted in (
             sorted(recorder.comparisons[case], key=lambda noted: -noted.share) if chosen.tests else ()
@@ -206,6 +212,12 @@ def main() -> int:
         if chosen.unread and (unread := recorder.stored.get(case, set()) - recorder.looked_at[case]):
             print(f"{case}, unread: {', '.join(sorted(unread))}")
     return int(status)
+
+
+def _row_for(line: str, rows: dict[str, str]) -> str:
+    """Return the new row of a case in place of its old one, any other line as it is."""
+    name = re.match(r"\| `([\w-]+)` \|", line)
+    return rows.get(name[1], line) if name else line
 
 
 def _measured(case: str, recorder: Recorder) -> str:
