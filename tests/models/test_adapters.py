@@ -41,6 +41,13 @@ def adapted():
     return trained(transformer)
 
 
+def base_of(transformer):
+    """Return another denoiser with the same weights, without adapters."""
+    plain = tiny_transformer()
+    plain.load_state_dict(base_state(transformer), strict=True)
+    return plain
+
+
 @torch.no_grad()
 def output_of(transformer):
     generator = torch.Generator().manual_seed(5)
@@ -146,6 +153,13 @@ class TestMath:
         torch.testing.assert_close(output_of(adapted), before, rtol=1e-4, atol=1e-5)
         assert adapted.state_dict().keys() == tiny_transformer().state_dict().keys()
 
+    def test_switched_off_it_is_not_merged_unnoticed(self, adapted):
+        adapted.disable_adapters()
+        off = output_of(adapted)
+        with pytest.raises(ModelError, match="switched off"):
+            merge_lora(adapted)
+        assert torch.equal(output_of(adapted), off)
+
     def test_taken_out_it_leaves_the_base(self, adapted):
         adapted.unload_lora()
         assert torch.equal(output_of(adapted), output_of(tiny_transformer()))
@@ -224,6 +238,20 @@ class TestFiles:
         again = tiny_transformer()
         load_lora(again, tmp_path / "a.safetensors")
         assert torch.equal(output_of(again), output_of(transformer))
+
+    def test_an_alpha_that_is_given_counts_whatever_the_adapter_comes_as(self, adapted):
+        twice = base_of(adapted)
+        load_lora(twice, lora_state(adapted), alpha=8)
+        again = base_of(adapted)
+        load_lora(again, read_lora(lora_state(adapted)), alpha=8)
+        assert torch.equal(output_of(again), output_of(twice))
+        assert not torch.allclose(output_of(again), output_of(adapted))
+
+    def test_a_whole_state_as_peft_wraps_it_is_its_own_base(self, adapted):
+        wrapped = {f"base_model.model.{name}": value for name, value in adapted.state_dict().items()}
+        plain = base_of(adapted)
+        load_lora(plain, wrapped)
+        assert torch.equal(output_of(plain), output_of(adapted))
 
     def test_diffusers_opens_it(self, adapted, tmp_path):
         save_lora(adapted, tmp_path / "pytorch_lora_weights.safetensors")
@@ -316,6 +344,17 @@ class TestAnotherBase:
         load_lora(self.other(), tmp_path / "a.safetensors")  # cannot be told
         with pytest.raises(WrongWeights, match="sha256"):
             load_lora(self.other().to(torch.bfloat16), tmp_path / "a.safetensors")
+
+
+def test_an_adapted_denoiser_does_not_grow_without_what_is_adapted(adapted):
+    """Its projections have other names, and would begin anew."""
+    with pytest.raises(ModelError, match=r"carries adapters \(default\).*merge_lora"):
+        adapted.grown_to(32, 16)
+    merge_lora(adapted)
+    grown, report = adapted.grown_to(32, 16)
+    assert not report.dropped
+    name = "transformer_blocks.1.attn2.to_v.weight"
+    assert torch.equal(grown.state_dict()[name], adapted.state_dict()[name])
 
 
 class TestRefused:

@@ -265,6 +265,16 @@ class TestForward:
         assert not torch.equal(branch.transformer_blocks[0].attn1.to_q.weight, start)
         assert all(parameter.grad is None for parameter in transformer.parameters())
 
+    @torch.no_grad()
+    def test_a_scale_may_be_a_tensor_of_one_number_and_must_fit_the_batch(self):
+        branch = tiny_controlnet()
+        expected = branch(*some_inputs(), 0.7).block_controlnet_hidden_states[0]
+        for scale in (torch.tensor(0.7), torch.tensor([0.7])):
+            assert torch.equal(branch(*some_inputs(), scale).block_controlnet_hidden_states[0], expected)
+        branch.transformer_blocks.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
+        with pytest.raises(ModelError, match=r"conditioning_scale is \(2,\) for 3 latents"):
+            branch(*some_inputs(), torch.ones(2))
+
     @pytest.mark.parametrize(
         ("shape", "message"),
         [

@@ -276,6 +276,7 @@ def test_first_stages_by_name_are_the_published_ones(name):
         (3, None, {"double_z": False}, "double_z is False and n_embed None"),
         (4, None, {}, "embed_dim 4 differs from z_channels 3"),
         (3, 32, {"attn_type": "linear"}, "attn_type='linear'"),
+        (3, 32, {"ch": 48}, "levels .* wide cannot be built"),
         (3, 32, {"tanh_out": True}, "tanh_out=True"),
     ],
 )

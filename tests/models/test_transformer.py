@@ -550,6 +550,12 @@ class TestWrongInput:
         with pytest.raises(ModelError, match="3 control residuals were given for 2 blocks"):
             small(torch.zeros(1, 4, 8, 8), 1, None, [torch.zeros(1, 16, 16)] * 3)
 
+    @pytest.mark.parametrize("shape", [(1, 16, 12), (1, 64, 16), (3, 16, 16)])
+    def test_residuals_of_other_latents(self, small, shape):
+        small.pos_embed.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
+        with pytest.raises(ModelError, match=r"control residual 1 is .* take \(2, 16, 16\)"):
+            small(torch.zeros(2, 4, 8, 8), 1, None, [torch.zeros(2, 16, 16), torch.zeros(shape)])
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -559,6 +565,8 @@ class TestWrongInput:
                 {"num_attention_heads": 2, "attention_head_dim": 15, "cross_attention_dim": 30},
                 "need a multiple of 4",
             ),
+            ({"num_attention_heads": 0, "cross_attention_dim": 0}, "need a multiple of 4"),
+            ({"caption_num_tokens": 4, "caption_channels": 14}, "embeddings 14 wide cannot have positions"),
             ({"sample_size": 7}, "multiple of patch_size"),
             ({"norm_type": "layer_norm"}, "ada_norm_single"),
             ({"use_additional_conditions": True}, "set it to false"),

@@ -23,7 +23,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def read_lora(source: str | Path | Mapping[str, Tensor], *, alpha: float | None 
             state[f"{found['module']}.lora_{found['side']}.weight"] = value.clone()
             names.add(found["name"])
         else:
-            base[name.replace(".base_layer.", ".")] = value
+            base[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = value
     if not state:
         raise WrongWeights(
             f"{what} holds no adapter: none of its {len(tensors)} tensors is called …lora_A… or …lora_B…."
@@ -198,7 +198,7 @@ def load_lora(
         transformer: The denoiser, without this adapter.
         source: What :func:`read_lora` takes or returns.
         name: What the adapter is called from now on.
-        alpha: Instead of what the file says; see :func:`read_lora`.
+        alpha: Instead of what the source says; see :func:`read_lora`.
         check_base: Whether another denoiser is an error.
 
     Raises:
@@ -207,7 +207,9 @@ def load_lora(
             was.
         ModelError: If the name is taken.
     """
-    lora = source if isinstance(source, LoraWeights) else read_lora(source, alpha=alpha)
+    lora = source if isinstance(source, LoraWeights) else read_lora(source)
+    if alpha is not None:
+        lora = replace(lora, alpha=alpha)
     _check_fit(lora, transformer)
     if check_base:
         _check_base(lora, transformer)
@@ -252,9 +254,14 @@ def merge_lora(transformer: PixCellTransformer2DModel) -> None:
     gone. In half precision the sum is rounded, as any weight is.
 
     Raises:
-        ModelError: If there is no adapter.
+        ModelError: If there is no adapter, or they are switched off.
     """
     _adapter_names(transformer)
+    if any(getattr(module, "disable_adapters", False) is True for module in transformer.modules()):
+        raise ModelError(
+            "the adapters are switched off; merged, they would count. Call enable_adapters() first, or "
+            "unload_lora() to be rid of them."
+        )
     transformer.fuse_lora()
     transformer.unload_lora()
 

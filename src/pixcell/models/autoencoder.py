@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pixcell.models.configurations import PlainConfig
+from pixcell.models.configurations import StrictModel
 
 __all__ = ["PosteriorOutput", "TissueAutoencoder"]
 
@@ -46,7 +45,7 @@ class PosteriorOutput(BaseOutput):
     latent_dist: DiagonalGaussianDistribution
 
 
-class TissueAutoencoder(ModelMixin, PlainConfig):
+class TissueAutoencoder(StrictModel):
     """Images in [-1, 1] to the posterior of their latents, and latents back to images.
 
     Args:

@@ -1,4 +1,4 @@
-"""Configurations of models: read strictly, and written without the paths of this machine."""
+"""Configurations and weights of models: read strictly, and written without the paths of this machine."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,11 @@ from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
 
-from pixcell.errors import MissingWeights, ModelError
+from pixcell.errors import MissingWeights, ModelError, WrongWeights
 
-__all__ = ["PlainConfig", "config_in", "read_json"]
+__all__ = ["PlainConfig", "StrictModel", "config_in", "read_json"]
+
+_LISTED = 12
 
 
 class PlainConfig(ConfigMixin):
@@ -23,6 +25,50 @@ class PlainConfig(ConfigMixin):
         content = json.loads(super().to_json_string())
         content.pop("_name_or_path", None)
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+class StrictModel(ModelMixin, PlainConfig):
+    """A model of diffusers whose ``from_pretrained`` wants every tensor, and no other.
+
+    diffusers' own fills gaps with random numbers and warns.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a model from a folder or the hub, with the arguments of diffusers' method of this name.
+
+        Args:
+            pretrained_model_name_or_path: As in diffusers.
+            kwargs: As in diffusers. With ``output_loading_info=True`` nothing is raised for names, and the
+                report of them is returned beside the model.
+
+        Raises:
+            WrongWeights: Names the tensors that are missing or left over, or the first of another shape.
+        """
+        wants_report = kwargs.pop("output_loading_info", False)
+        try:
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, **kwargs
+            )
+        except (ValueError, RuntimeError) as error:
+            if "expected shape" not in str(error) and "size mismatch" not in str(error):
+                raise
+            raise WrongWeights(
+                f"{pretrained_model_name_or_path} does not fit {cls.__name__}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+        if wants_report:
+            return model, report
+        wrong = [
+            f"{len(report[key])} tensors {what} ({', '.join(map(str, sorted(report[key])[:_LISTED]))})"
+            for key, what in (("missing_keys", "missing"), ("unexpected_keys", "unexpected"))
+            if report[key]
+        ]
+        if wrong:
+            raise WrongWeights(
+                f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {'; '.join(wrong)}."
+            )
+        return model
 
 
 def config_in(folder: Path, kind: type[ModelMixin]) -> dict[str, Any]:

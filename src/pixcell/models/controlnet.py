@@ -174,7 +174,7 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
         timestep: Tensor | float | TimeModulation,
         encoder_hidden_states: Tensor | PreparedCondition | None,
         controlnet_cond: Float[Tensor, "_ _ _ _"],
-        conditioning_scale: float | Float[Tensor, " batch"] = 1.0,
+        conditioning_scale: float | Float[Tensor, "..."] = 1.0,
         return_dict: bool = True,
         dropped: Bool[Tensor, " batch"] | None = None,
     ) -> ControlOutput | tuple[tuple[Tensor, ...]]:
@@ -202,9 +202,14 @@ class PixCellControlNetModel(PixCellTransformer2DModel):
                 "picture, and encode it with the same autoencoder."
             )
         dtype = self._dtype
-        tokens = self.pos_embed(hidden_states.to(dtype)) + self.cond_pos_embed(controlnet_cond.to(dtype))
         if isinstance(conditioning_scale, Tensor):
-            conditioning_scale = conditioning_scale.to(tokens)[:, None, None]
+            if conditioning_scale.shape not in ((), (1,), hidden_states.shape[:1]):
+                raise ModelError(
+                    f"conditioning_scale is {tuple(conditioning_scale.shape)} for {len(hidden_states)} "
+                    "latents; give one number for all, or one for each."
+                )
+            conditioning_scale = conditioning_scale.to(hidden_states.device, dtype).reshape(-1, 1, 1)
+        tokens = self.pos_embed(hidden_states.to(dtype)) + self.cond_pos_embed(controlnet_cond.to(dtype))
         residuals = []
         for block, head, condition in zip(
             self.transformer_blocks, self.controlnet_blocks, conditions, strict=True

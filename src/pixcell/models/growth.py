@@ -42,8 +42,14 @@ def grow(
     """Return a denoiser for another size, as :meth:`PixCellTransformer2DModel.grown_to` says.
 
     Raises:
-        ModelError: If one embedding grid is no whole multiple of the other.
+        ModelError: If one embedding grid is no whole multiple of the other, or the denoiser carries adapters
+            that are not merged.
     """
+    if adapters := list(getattr(model, "peft_config", {})):
+        raise ModelError(
+            f"the denoiser carries adapters ({', '.join(adapters)}), whose layers have other names. Merge "
+            "them into the weights first (merge_lora), or take them out (unload_lora)."
+        )
     config = model.config
     if interpolation_scale is None:
         interpolation_scale = config.interpolation_scale * sample_size / config.sample_size

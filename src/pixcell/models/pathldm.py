@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pixcell.errors import ModelError
-from pixcell.models.configurations import PlainConfig
+from pixcell.models.configurations import StrictModel
 from pixcell.models.pathldm_configs import (
     PATHLDM_FIRST_STAGES,
     PATHLDM_UNET,
@@ -213,6 +213,11 @@ def first_stage_from_ldm(
             "(double_z, no codebook), or one tensor for a codebook (n_embed)."
         )
     widths = [int(ddconfig["ch"]) * factor for factor in ddconfig["ch_mult"]]
+    if any(width % 32 for width in widths):
+        raise ModelError(
+            f"levels {widths} wide cannot be built: every width (ch times ch_mult) must be a multiple of 32, "
+            "the groups of a normalisation."
+        )
     attended = [
         ddconfig["resolution"] // 2**level in ddconfig["attn_resolutions"] for level in range(len(widths))
     ]
@@ -253,7 +258,7 @@ def _check_fixed(what: str, given: Mapping[str, Any], fixed: Mapping[str, tuple[
         raise ModelError(f"the {what} of this configuration is not one built here: {', '.join(wrong)}.")
 
 
-class ClassEmbedder(ModelMixin, PlainConfig):
+class ClassEmbedder(StrictModel):
     """One token per class: the condition of PathLDM without text.
 
     Classes are ``2 * tumour + TIL`` (see :func:`pixcell.models.prompts.class_label`); the last is "no class".

@@ -35,7 +35,6 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ from pixcell.models.blocks import (
     condition_positions,
     modulated,
 )
-from pixcell.models.configurations import PlainConfig
+from pixcell.models.configurations import StrictModel
 from pixcell.models.growth import GrowthReport, grow
 from pixcell.models.time_features import TimeFeatures
 
@@ -64,7 +63,7 @@ __all__ = [
 ]
 
 
-class PixCellTransformer2DModel(ModelMixin, PlainConfig, PeftAdapterMixin, CacheMixin):
+class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
     """Predict noise (and variance) of latents from a timestep and the tokens of an embedding grid.
 
     Args:
@@ -142,6 +141,11 @@ class PixCellTransformer2DModel(ModelMixin, PlainConfig, PeftAdapterMixin, Cache
         _check_architecture(
             width, cross_attention_dim, sample_size, patch_size, norm_type, attention_type, caption_num_tokens
         )
+        if caption_num_tokens > 1 and caption_channels % 4:
+            raise ModelError(
+                f"embeddings {caption_channels} wide cannot have positions, which {caption_num_tokens} "
+                "condition tokens need: sines and cosines of rows and columns take a multiple of 4."
+            )
         if use_additional_conditions:
             raise ModelError("use_additional_conditions is for PixArt's text models; set it to false.")
 
@@ -399,6 +403,14 @@ class PixCellTransformer2DModel(ModelMixin, PlainConfig, PeftAdapterMixin, Cache
             raise ModelError(f"{batch_size} latents were given with {rows} conditions.")
         if len(residuals) > config.num_layers:
             raise ModelError(f"{len(residuals)} control residuals were given for {config.num_layers} blocks.")
+        places = (height // config.patch_size) * (width // config.patch_size)
+        for number, residual in enumerate(residuals):
+            if residual.shape not in {(rows, places, self.inner_dim) for rows in (1, batch_size)}:
+                raise ModelError(
+                    f"control residual {number} is {tuple(residual.shape)}; latents of {height} x {width} "
+                    f"take ({batch_size}, {places}, {self.inner_dim}). Make it with a branch of this model, "
+                    "from the same latents."
+                )
 
     def _check_condition(self, condition: Tensor, dropped: Tensor | None) -> None:
         config = self.config
@@ -468,7 +480,7 @@ def _check_architecture(
             f"cross_attention_dim is {cross_attention_dim} and the model is {width} wide "
             "(num_attention_heads x attention_head_dim); they must be equal."
         )
-    if width % 4:
+    if width < 1 or width % 4:
         raise ModelError(
             f"the model is {width} wide (num_attention_heads x attention_head_dim); its positions are sines "
             "and cosines of rows and columns, which need a multiple of 4."

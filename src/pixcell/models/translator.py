@@ -24,12 +24,11 @@ from pathlib import Path
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
-from pixcell.models.configurations import PlainConfig
+from pixcell.models.configurations import StrictModel
 from pixcell.models.weights import fit_weights, read_weights
 
 __all__ = ["EmbeddingTranslator", "flow_pair", "load_translator", "translation_loss"]
@@ -40,7 +39,7 @@ _FIRST, _LAST = 0.001, 0.999
 """Times at which the first and the last step of a translation look at the velocity."""
 
 
-class EmbeddingTranslator(ModelMixin, PlainConfig):
+class EmbeddingTranslator(StrictModel):
     """Predict the velocity of embeddings on their way from one stain to another.
 
     Args:
