@@ -27,7 +27,8 @@ Yellapragada et al. 2025, "PixCell" (https://arxiv.org/abs/2506.05127).
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -226,9 +227,8 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
         """
         self._check_condition(encoder_hidden_states, dropped)
         condition = self._projected(encoder_hidden_states, dropped)
-        return PreparedCondition(
-            tuple(block.prepare(condition) for block in self.transformer_blocks), len(condition)
-        )
+        blocks: Any = self.transformer_blocks
+        return PreparedCondition(tuple(block.prepare(condition) for block in blocks), len(condition))
 
     def modulation(self, timesteps: Tensor | float) -> TimeModulation:
         """Compute what timesteps do to the model, all in one call.
@@ -346,7 +346,7 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
         modulation: TimeModulation,
         residual: Tensor | None = None,
     ) -> Tensor:
-        run = block
+        run: Callable[..., Tensor] = block
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             run = functools.partial(self._gradient_checkpointing_func, block)
         return run(tokens, condition, modulation.blocks, residual)
