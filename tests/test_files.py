@@ -94,6 +94,15 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
         write()
 
 
+def test_an_error_of_what_is_read_is_not_blamed_on_what_is_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), write_whole_folder(tmp_path / "out"):
+        (tmp_path / "file" / "config.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(OutputError, match="folder is needed"), write_whole(tmp_path / "file" / "x"):
+        pass
+
+
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"value": float("nan")})

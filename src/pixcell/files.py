@@ -50,9 +50,17 @@ def writing_to(place: Path) -> Iterator[None]:
             errno.EEXIST: "a file stands where a folder is needed; choose another output folder",
             errno.EFBIG: "the file system does not take files of this size; choose another output folder",
         }
-        if error.errno not in reasons:
+        if error.errno not in reasons or not _concerns(error, place):
             raise
         raise OutputError(f"cannot write {place}: {reasons[error.errno]}.") from error
+
+
+def _concerns(error: OSError, place: Path) -> bool:
+    """Tell whether an error is about ``place``, what lies in or beside it under its name, or is above it."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    named, target = str(Path(error.filename).resolve()), str(Path(place).resolve())
+    return named.startswith(target) or target.startswith(named.rstrip(os.sep) + os.sep)
 
 
 @contextlib.contextmanager

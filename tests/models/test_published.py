@@ -124,6 +124,22 @@ def test_the_original_layout_in_half_precision_is_loaded_as_it_is_or_as_asked(or
     assert published.load(torch.bfloat16)["transformer"].dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("entry", [{"num_layers": "two"}, {"in_channels": None}, {"activation_fn": "x"}])
+def test_a_configuration_with_values_of_another_kind_is_refused(transformer, tmp_path, entry):
+    transformer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | entry
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no model can be built"):
+        load_published(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 0, 0, 0), (3, 3)])
+def test_known_names_with_shapes_of_nothing_are_refused(original, tmp_path, shape):
+    torch.save({name: torch.zeros(shape) for name in original}, tmp_path / "x.ckpt")
+    with pytest.raises(WrongWeights):
+        load_published(tmp_path / "x.ckpt", num_attention_heads=1)
+
+
 def test_a_position_table_that_is_not_the_models_is_refused(original, tmp_path):
     """It would not be loaded, and pictures would be garbage without a word."""
     save_file(

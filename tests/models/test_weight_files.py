@@ -66,6 +66,11 @@ def save_distributed(state, folder):
     return folder / "ddp.pt"
 
 
+def save_compiled(state, folder):
+    torch.save({f"_orig_mod.module.{name}": value for name, value in state.items()}, folder / "compiled.pt")
+    return folder / "compiled.pt"
+
+
 def save_shards(state, folder):
     names = list(state)
     files = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
@@ -83,6 +88,7 @@ CONTAINERS = [
     save_wrapped_twice,
     save_before_torch_1_6,
     save_distributed,
+    save_compiled,
     save_shards,
 ]
 
@@ -195,16 +201,56 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(state, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_pickle_that_reaches_for_the_system_is_called_what_it_is(state, tmp_path):
+def _save_plain(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+def _save_old(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("skip_objects", [False, True])
+@pytest.mark.parametrize("save", [torch.save, _save_old, _save_plain])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(os.system, r"\w+\.system"), (eval, r"builtins\.eval"), (__import__, r"builtins\.__import__")],
+)
+def test_a_pickle_that_reaches_for_the_system_is_called_what_it_is(
+    tmp_path, save, function, name, skip_objects
+):
+    """Whatever container it is in, and also where objects are to be left out."""
+
     class Attack:
         def __reduce__(self):
-            return (os.system, (f"touch {tmp_path / 'touched'}",))
+            return (function, (f"open({str(tmp_path / 'touched')!r}, 'w')",))
 
-    torch.save({"state_dict": state, "hook": Attack()}, tmp_path / "bad.ckpt")
-    for skip_objects in (False, True):
-        with pytest.raises(WrongWeights, match="how pickles attack a machine"):
-            open_weights(tmp_path / "bad.ckpt", skip_objects=skip_objects)
+    save({"state_dict": {}, "hook": Attack()}, tmp_path / "bad.ckpt")
+    with pytest.raises(WrongWeights, match=rf"would run {name}\. That is how pickles attack a machine"):
+        open_weights(tmp_path / "bad.ckpt", skip_objects=skip_objects)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>", b"P", b"\x89PNG\r\n"])
+def test_what_is_no_pickle_is_not_said_to_run_code(tmp_path, content):
+    """Pages of errors are often saved under the name of what was asked for."""
+    (tmp_path / "weights.ckpt").write_bytes(content)
+    with pytest.raises(WrongWeights, match="cannot be read as weights"):
+        open_weights(tmp_path / "weights.ckpt", skip_objects=True)
+
+
+@pytest.mark.parametrize("name", ["weights.ckpt", "weights.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_what_it_is(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(WrongWeights, match="git lfs pull"):
+        open_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("odd", [torch.eye(2).to_sparse(), torch.empty(2, device="meta"), 3])
+def test_averages_that_are_no_dense_tensors_are_refused(state, tmp_path, odd):
+    torch.save({"state_dict": state, "state_dict_ema": dict.fromkeys(state, odd)}, tmp_path / "x.ckpt")
+    with pytest.raises(WrongWeights, match=r"tensors"):
+        open_weights(tmp_path / "x.ckpt")
 
 
 def test_objects_of_a_training_can_be_left_out_without_running_them(state, tmp_path):
@@ -352,6 +398,15 @@ def test_values_that_are_no_numbers_are_refused(tmp_path, value):
     save_file({"weight": torch.full((2, 2), value), "bias": torch.zeros(2)}, tmp_path / "x.safetensors")
     with pytest.raises(WrongWeights, match="weight holds NaN or infinity"):
         load_stored(nn.Linear(2, 2), open_weights(tmp_path / "x.safetensors"), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_formats_that_no_model_computes_in_are_refused(tmp_path, dtype):
+    save_file(
+        {"weight": torch.ones(2, 2).to(dtype), "bias": torch.ones(2)}, tmp_path / "quantised.safetensors"
+    )
+    with pytest.raises(WrongWeights, match=r"weight \(\w+\).*Quantised"):
+        load_stored(nn.Linear(2, 2), open_weights(tmp_path / "quantised.safetensors"))
 
 
 def test_read_weights_takes_what_was_trained(checkpoint):

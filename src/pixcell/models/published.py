@@ -33,7 +33,15 @@ import torch
 from torch import nn
 
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
-from pixcell.models.published_openers import OPENERS, Options, Part, Parts, load_model, read_json
+from pixcell.models.published_openers import (
+    OPENERS,
+    UNBUILDABLE,
+    Options,
+    Part,
+    Parts,
+    load_model,
+    read_json,
+)
 from pixcell.models.published_sources import PublishedSource, find_source
 from pixcell.models.weight_files import PICKLE_SUFFIXES, Which, open_weights
 
@@ -120,7 +128,13 @@ def open_published(
         return Published("pipeline", KINDS["pipeline"], place, origin, parts, tuple(notes))
     stored = open_weights(place, which=which, skip_objects=skip_objects)
     kind = kind or recognise(stored.shapes, str(place))
-    parts, notes = OPENERS[kind](stored, place, options)
+    try:
+        parts, notes = OPENERS[kind](stored, place, options)
+    except UNBUILDABLE as error:
+        raise WrongWeights(
+            f"{place} has tensors with the names of: {KINDS[kind]}; and with shapes that no such model has "
+            f"({' '.join(str(error).split())[:200]}). The file is damaged, or is another model's."
+        ) from error
     return Published(kind, KINDS[kind], place, origin, parts, (*stored.notes, *notes))
 
 

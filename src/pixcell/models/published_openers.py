@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
-from pixcell.errors import MissingWeights, WrongWeights
+from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.models.adapters import load_lora, read_lora
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.configurations import config_in, read_json
@@ -42,7 +42,7 @@ from pixcell.models.translator import EmbeddingTranslator, load_translator
 from pixcell.models.weight_files import StoredWeights, Which, open_weights
 from pixcell.models.weights import empty_parameters, load_stored
 
-__all__ = ["OPENERS", "Options", "Part", "Parts", "load_model", "read_json"]
+__all__ = ["OPENERS", "UNBUILDABLE", "Options", "Part", "Parts", "load_model", "read_json"]
 
 Part = Callable[[torch.dtype | None], nn.Module]
 """Loads a model in a number format; None: as it is stored."""
@@ -50,6 +50,13 @@ Parts = tuple[dict[str, Part], list[str]]
 
 # What weight files of a model folder are called; another file may lie beside the config.json of anything.
 _USUAL_FILES = ("diffusion_pytorch_model", "model.", "pytorch_model.")
+
+
+UNBUILDABLE = (
+    *(TypeError, ValueError, LookupError, ArithmeticError),
+    *(AttributeError, AssertionError, NameError, RuntimeError),
+)
+"""What constructors of other libraries raise where a configuration or a shape is of the wrong kind."""
 
 
 @dataclass(frozen=True)
@@ -311,8 +318,14 @@ OPENERS: dict[str, Callable[[StoredWeights, Path, Options], Parts]] = {
 
 
 def _loaded(build: Callable[[], Any], stored: StoredWeights, dtype: torch.dtype | None) -> Any:
-    with empty_parameters():
-        model = build()
+    try:
+        with empty_parameters():
+            model = build()
+    except UNBUILDABLE as error:
+        raise ModelError(
+            f"no model can be built with the configuration of {stored.source} "
+            f"({' '.join(str(error).split())[:200]}). Copy its config.json again, or correct what was given."
+        ) from error
     load_stored(model, stored, dtype)
     return model
 

@@ -10,8 +10,10 @@ A file is data. Safetensors can hold nothing else; of a pickle (``.bin``, ``.pth
 ``torch.load(weights_only=True)`` accepts is read.
 """
 
+import io
 import json
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,16 +36,23 @@ Which = Literal["auto", "ema", "raw"]
 """Of a training checkpoint: averaged weights, those of the optimiser, or averaged ones if there are any."""
 
 _ROUND_BYTES = 64 << 20
+_POINTER = b"version https://git-lfs"  # what a repository holds in the place of a large file
 # No training saves these; a pickle that asks for them is a program.
 _ATTACKS = (
-    *("os.", "posix.", "nt.", "sys.", "subprocess.", "shutil.", "socket."),
+    *("os.", "posix.", "nt.", "sys.", "subprocess.", "shutil.", "socket.", "pty.", "ctypes."),
+    *("runpy.", "importlib.", "webbrowser."),
     *(f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__")),
 )
+_PICKLES = 5  # in a file of torch before 1.6, one after the other
 _AVERAGED, _AVERAGED_INSIDE = "state_dict_ema", "model_ema."
 _TRAINED = ("state_dict", "model")
 # Buffers of the published training; see _trained_constants.
 _CONSTANTS = ("y_embedder.y_embedding", "y_pos_embed")
-_UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError)
+# What readers of damaged or foreign files raise, beside errors of the disk.
+_UNREADABLE = (
+    *(SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError),
+    *(ValueError, LookupError, TypeError, AttributeError, AssertionError, zipfile.BadZipFile),
+)
 
 
 class StoredWeights:
@@ -62,6 +71,12 @@ class StoredWeights:
         self.source = source
         self.notes = tuple(notes)
         mapped = open_()
+        odd = [name for name, tensor in mapped.items() if not _is_plain(tensor)]
+        if odd:
+            raise WrongWeights(
+                f"{source} holds {len(odd)} tensors that are sparse, quantised or without values "
+                f"({', '.join(odd[:3])}). Weights are dense tensors; save them as such."
+            )
         self.shapes = {name: tuple(tensor.shape) for name, tensor in mapped.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in mapped.items()}
         self._sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in mapped.items()}
@@ -127,6 +142,10 @@ class StoredWeights:
             size += num_bytes
         if names:
             yield names
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def open_weights(
@@ -235,7 +254,13 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> WrongWeights:
+def _unreadable(path: Path, error: Exception | str) -> WrongWeights:
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return WrongWeights(
+                f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in its folder, or "
+                "download the file itself."
+            )
     return WrongWeights(
         f"{path} cannot be read as weights ({' '.join(str(error).split())[:200]}). "
         "If it was copied or downloaded, it may be cut off: copy it again. Weights are a .safetensors file, "
@@ -283,18 +308,21 @@ def _unpickled(path: Path, skip_objects: bool) -> tuple[Any, list[str]]:
         return torch.load(path, **options), []
     except pickle.UnpicklingError as error:
         names = _objects_in(path)
+        attacks = [name for name in (*names, *_names_in(path)) if name.startswith(_ATTACKS)]
+        if attacks:
+            raise _attacks(path, attacks) from error
         if not (skip_objects and names):
-            raise _needs_code(path, names, error) from error
-        refused: Exception = error
+            raise _needs_code(path, names) from error
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+    refused: Exception | None = None
     for placeholder in (_Placeholder, _DictionaryPlaceholder):
         try:
             with torch.serialization.safe_globals([(placeholder, name) for name in names]):
                 return torch.load(path, **options), names
-        except (*_UNREADABLE, TypeError) as error:  # TypeError: a placeholder of the wrong kind
+        except _UNREADABLE as error:  # such as a placeholder of the wrong kind
             refused = error
-    raise _needs_code(path, names, refused) from refused
+    raise _needs_code(path, names, skipped=True) from refused
 
 
 def _objects_in(path: Path) -> list[str]:
@@ -305,20 +333,70 @@ def _objects_in(path: Path) -> list[str]:
         return []
 
 
-def _needs_code(path: Path, names: Sequence[str], error: Exception) -> WrongWeights:
-    asked = f"it asks for {', '.join(names[:5])}" if names else " ".join(str(error).split())[:200]
-    dangerous = [name for name in names if name.startswith(_ATTACKS)]
-    if dangerous:
-        return WrongWeights(
-            f"{path} is not a file of tensors only: opening it would run {', '.join(dangerous)}. "
-            "That is how pickles attack a machine. Do not open it; ask its source for safetensors."
-        )
+def _names_in(path: Path) -> set[str]:
+    """Return all classes and functions that a pickle names; nothing is called.
+
+    Raises:
+        WrongWeights: If the file is no pickle at all.
+    """
+    names: set[str] = set()
+    number = 0
+    try:
+        with _pickle_in(path) as file:
+            for number in range(_PICKLES):  # noqa: B007  (it tells below how far it came)
+                names |= _names_of_next(file)
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        if not number:
+            raise _unreadable(path, "it is no pickle, or was damaged") from error
+    return names  # what is no pickle after the first one is numbers
+
+
+def _names_of_next(file: io.BufferedIOBase) -> set[str]:
+    names: set[str] = set()
+    texts: list[str] = []
+    memo: list[str] = []
+    for operation, value, _ in pickletools.genops(file):  # type: ignore[arg-type]
+        if operation.name in ("GLOBAL", "INST"):
+            names.add(str(value).replace(" ", ".").replace("__builtin__.", "builtins."))
+        elif operation.name == "STACK_GLOBAL":
+            names.add(".".join(texts[-2:]))
+        elif operation.name == "MEMOIZE":
+            memo.append(texts[-1] if texts else "")
+        elif operation.name in ("BINGET", "LONG_BINGET"):
+            texts.append(memo[value] if isinstance(value, int) and value < len(memo) else "")
+        elif isinstance(value, str):
+            texts.append(value)
+    return names
+
+
+def _pickle_in(path: Path) -> io.BufferedIOBase:
+    """Return the program of a pickle; of torch's newer layout, without the numbers that lie beside it."""
+    if not zipfile.is_zipfile(path):
+        return path.open("rb")
+    with zipfile.ZipFile(path) as archive:
+        name = next((name for name in archive.namelist() if name.endswith("data.pkl")), "data.pkl")
+        return io.BytesIO(archive.read(name))
+
+
+def _attacks(path: Path, names: Sequence[str]) -> WrongWeights:
     return WrongWeights(
-        f"{path} is not a file of tensors only: opening it would run code ({asked}), so it was not opened. "
-        "Ways out: `pixcell convert FILE DEST --skip-objects` takes the tensors and leaves the rest out "
-        "without running it; or ask its source for safetensors; or, if you trust the source, in a container "
-        "without network: python -c \"import torch; torch.save(torch.load('FILE', weights_only=False)"
-        "['state_dict'], 'tensors.pth')\"."
+        f"{path} is not a file of tensors only: opening it would run {', '.join(sorted(set(names)))}. "
+        "That is how pickles attack a machine. Do not open it; ask its source for safetensors."
+    )
+
+
+def _needs_code(path: Path, names: Sequence[str], *, skipped: bool = False) -> WrongWeights:
+    asked = f" (it asks for {', '.join(names[:5])})" if names else ""
+    skip = "`pixcell convert FILE DEST --skip-objects` takes the tensors and leaves the rest out "
+    ways = [skip + "without running it"] if names and not skipped else []
+    ways += [
+        "ask its source for safetensors",
+        'if you trust the source, in a container without network: python -c "import torch; '
+        "torch.save(torch.load('FILE', weights_only=False)['state_dict'], 'tensors.pth')\"",
+    ]
+    return WrongWeights(
+        f"{path} is not a file of tensors only: opening it would run code{asked}, so it was not opened. "
+        f"Ways out: {'; or '.join(ways)}."
     )
 
 
@@ -359,8 +437,8 @@ def _at(content: Any, keys: Sequence[str], path: Path) -> dict[str, Tensor]:
     state = content
     for key in keys:
         state = state[key]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)][:3]
+    other = [str(key) for key, value in state.items() if not isinstance(value, Tensor) or value.is_meta][:3]
+    if other or not state:
         raise WrongWeights(
             f"{path} does not hold a dictionary of named tensors"
             + (f" ({', '.join(other)}: something else)." if other else ".")
@@ -371,7 +449,7 @@ def _at(content: Any, keys: Sequence[str], path: Path) -> dict[str, Tensor]:
     return _without_wrappers(named)
 
 
-def _trained_constants(content: Mapping[str, Any], averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _trained_constants(content: Mapping[str, Any], averaged: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the constants that the trained weights were trained with.
 
     The published training averages parameters only. After a warm start the averaged copy keeps the constants
@@ -384,13 +462,16 @@ def _trained_constants(content: Mapping[str, Any], averaged: Mapping[str, Tensor
         if str(name).removeprefix("module.") in _CONSTANTS
         and name in averaged
         and isinstance(value, Tensor)
+        and isinstance(averaged[name], Tensor)
         and value.shape == averaged[name].shape
     }
 
 
 def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take off what distributed training and compiling put before every name."""
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while state:
+        prefix = next(iter(state)).partition(".")[0] + "."
+        if prefix not in ("module.", "_orig_mod.") or not all(name.startswith(prefix) for name in state):
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state

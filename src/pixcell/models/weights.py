@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pixcell.errors import MissingWeights, ModelError, WrongWeights
+from pixcell.errors import MissingWeights, ModelError, WrongWeights, listed
 from pixcell.models.weight_files import StoredWeights, open_weights
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _LISTED = 12
+_FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -139,16 +140,34 @@ def load_stored(module: nn.Module, stored: StoredWeights, dtype: torch.dtype | N
         WrongWeights: Names the missing, unexpected and misshapen tensors, or those that hold no numbers.
     """
     _check_fit(module, stored.shapes, stored.source)
+    _check_formats(module, stored)
     state = {}
     for name, tensor in stored.tensors(dtype):
         if not _is_finite(tensor):
             raise WrongWeights(
                 f"{stored.source}: {name} holds NaN or infinity"
-                + (f" as {dtype}" if dtype not in (None, stored.dtypes[name]) else "")
-                + ". The file is damaged, or its training failed; get it again from its source."
+                + (
+                    f" as {dtype}. Load it in its own format, or in bf16 or fp32, which reach further."
+                    if dtype not in (None, stored.dtypes[name])
+                    else ". The file is damaged, or its training failed; get it again from its source."
+                )
             )
         state[name] = tensor
     module.load_state_dict(state, assign=True)
+
+
+def _check_formats(module: nn.Module, stored: StoredWeights) -> None:
+    """Refuse what no model computes in, such as integers and the 8-bit formats of quantised weights."""
+    wrong = [
+        f"{name} ({str(stored.dtypes[name]).removeprefix('torch.')})"
+        for name, own in module.state_dict().items()
+        if own.is_floating_point() and stored.dtypes[name] not in _FORMATS
+    ]
+    if wrong:
+        raise WrongWeights(
+            f"{stored.source}: {len(wrong)} tensors are in a number format that cannot be computed in "
+            f"({listed(wrong, 3)}). Quantised weights are not loaded; get them in fp32, bf16 or fp16."
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:
