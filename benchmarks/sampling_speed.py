@@ -1,6 +1,7 @@
 """Speed of sampling: the plain published loop against ours, and what a user may choose beyond that.
 
     python benchmarks/sampling_speed.py exact                    same weights, same pictures
+    python benchmarks/sampling_speed.py training                 forward and backward, same gradients
     python benchmarks/sampling_speed.py options                  precision, compiling, interval, caches
     python benchmarks/sampling_speed.py options --model PIPELINE --like PICTURES
 
@@ -148,10 +149,55 @@ def seconds(function: Callable[[], object], options: argparse.Namespace) -> floa
     return clock() - started
 
 
-def measure_exact(options: argparse.Namespace) -> None:
+def both_models(options: argparse.Namespace) -> tuple[PixCellTransformer2DModel, PlainTransformer]:
     ours = full_width(options.layers, options.device)
-    plain = PlainTransformer(ours.config).eval().to(options.device)
-    plain.load_state_dict(ours.state_dict(), strict=True)
+    with torch.device("meta"):
+        plain = PlainTransformer(ours.config)
+    plain.load_state_dict(ours.state_dict(), strict=True, assign=True)  # one set of weights for both
+    plain.pos_embed.register_buffer("pos_embed", ours.pos_embed.pos_embed, persistent=False)
+    return ours, plain.eval()
+
+
+def measure_training(options: argparse.Namespace) -> None:
+    ours, plain = both_models(options)
+    latents = noise_for(0, 0, (options.batch, 16, 32, 32)).to(options.device)
+    embeddings = noise_for(0, 1, (options.batch, 1, 1536)).to(options.device)
+    timesteps = torch.linspace(0, 999, options.batch, device=options.device)
+
+    plain_parameters = dict(plain.named_parameters())
+
+    def plain_step() -> list[Tensor]:
+        plain.zero_grad(set_to_none=True)
+        plain(latents, timesteps, embeddings).square().mean().backward()
+        return [plain_parameters[name].grad for name, _ in ours.named_parameters()]
+
+    def our_step() -> list[Tensor]:
+        ours.zero_grad(set_to_none=True)
+        ours(latents, timesteps, embeddings).sample.square().mean().backward()
+        return [parameter.grad for parameter in ours.parameters()]
+
+    pair = {"plain": plain_step, "ours": our_step}
+    gradients = {name: function() for name, function in pair.items()}
+    largest = max(gradient.abs().max().item() for gradient in gradients["plain"])
+    difference = max(
+        (one - other).abs().max().item()
+        for one, other in zip(gradients["plain"], gradients["ours"], strict=True)
+    )
+    gradients.clear()
+    times = take_turns(pair, options)
+    ratios = [one / other for one, other in zip(times["plain"], times["ours"], strict=True)]
+    print(
+        f"training: {options.layers} blocks, batch {options.batch}, float32, "
+        f"{torch.get_num_threads()} threads, {options.rounds} rounds"
+    )
+    for name, series in times.items():
+        print(f"  {name:6s} {statistics.median(series):.3f} s per step")
+    print(f"  ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(f"  largest difference of gradients {difference:.1e}; largest gradient {largest:.1e}")
+
+
+def measure_exact(options: argparse.Namespace) -> None:
+    ours, plain = both_models(options)
     shape = (options.batch, 16, 32, 32)
     noise = noise_for(0, 0, shape).to(options.device)
     embeddings = noise_for(0, 1, (options.batch, 1, 1536)).to(options.device)
@@ -324,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["exact", "options"])
+    parser.add_argument("what", choices=["exact", "training", "options"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1, help="Pictures at once.")
@@ -345,7 +391,8 @@ def main() -> None:
     if options.model and not options.like:
         parser.error("--model needs --like")
     torch.set_num_threads(options.threads)
-    {"exact": measure_exact, "options": measure_options}[options.what](options)
+    measures = {"exact": measure_exact, "training": measure_training, "options": measure_options}
+    measures[options.what](options)
 
 
 if __name__ == "__main__":
