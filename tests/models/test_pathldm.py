@@ -376,7 +376,7 @@ def rebuilt(part, state):
     elif part == "first_stage":
         model = first_stage_from_ldm(**first_stage_config_of(state, resolution=32))
     else:
-        model = CLIPTextModel(CLIPTextConfig(**text_config_of(state, head_width=8)))
+        model = CLIPTextModel(CLIPTextConfig(**text_config_of(state, num_heads=2)))
     fit_weights(model, from_ldm(model, state), "the checkpoint")
     return model.eval()
 

@@ -23,7 +23,7 @@ from pixcell.models.published_sources import PUBLISHED_WEIGHTS, find_source
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.models.translator import EmbeddingTranslator
 from tiny_models import awake, tiny_transformer, tiny_vae
-from tiny_pathldm import tiny_unet
+from tiny_pathldm import tiny_text_tower, tiny_unet
 
 TINY_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -197,6 +197,51 @@ def test_adapters_alone_are_added_to_their_denoiser(adapted, tmp_path):
     published = open_published(tmp_path / "adapter.pth", base=tiny_transformer())
     assert published.kind == "lora-adapter"
     assert same(published.load()["transformer"], adapted)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "adapters alone"])
+@pytest.mark.parametrize("told", [True, False], ids=["in the file", "given"])
+def test_how_much_adapters_count_is_read_from_the_file_or_given(adapted, tmp_path, whole, told):
+    """Their tensors do not tell; alpha is 8 here, and the rank 4."""
+    state = adapted.state_dict() if whole else lora_state(adapted)
+    notes = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 8})} if told else None
+    save_file(state, tmp_path / "lora.safetensors", notes)
+    config = {} if told else {"lora_alpha": 8}
+    if whole:
+        config |= {"sample_size": 16, "interpolation_scale": 0.25}
+    options = {"num_attention_heads": 2} if whole else {"base": tiny_transformer()}
+    model = open_published(tmp_path / "lora.safetensors", config=config, **options).load()["transformer"]
+    assert model.peft_config["default"].lora_alpha == 8
+    assert same(model, adapted)
+
+
+def test_entries_that_would_change_nothing_are_refused(adapted, transformer, tmp_path):
+    torch.save(lora_state(adapted), tmp_path / "adapter.pth")
+    with pytest.raises(ModelError, match=r"alpha cannot be set for adapters; what can is lora_alpha"):
+        open_published(tmp_path / "adapter.pth", base=tiny_transformer(), config={"alpha": 8})
+    translator = EmbeddingTranslator(6, 4, 4, 4, 6, 1)
+    torch.save(translator.state_dict(), tmp_path / "mlp.pth")
+    with pytest.raises(ModelError, match="names and shapes tell all of it"):
+        open_published(tmp_path / "mlp.pth", config={"dropout": 0.1})
+    torch.save({f"model.diffusion_model.{k}": v for k, v in to_ldm(tiny_unet()).items()}, tmp_path / "l.ckpt")
+    with pytest.raises(ModelError, match="scale_factor cannot be set for a PathLDM checkpoint"):
+        open_published(tmp_path / "l.ckpt", config={"scale_factor": 0.18215})
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    with pytest.raises(ModelError, match="is a pipeline, whose parts have configurations"):
+        open_published(tmp_path / "pipeline", config={"sample_size": 32})
+
+
+@torch.no_grad()
+def test_heads_of_a_text_tower_are_64_wide_or_given(tmp_path):
+    tower, ids = tiny_text_tower(), torch.tensor([[1, 2, 3]])
+    state = {f"cond_stage_model.transformer.{name}": value for name, value in to_ldm(tower).items()}
+    torch.save({"state_dict": state}, tmp_path / "ldm.ckpt")
+    with pytest.raises(ModelError, match="16 wide, no whole number of heads 64 wide"):
+        open_published(tmp_path / "ldm.ckpt")
+    published = open_published(tmp_path / "ldm.ckpt", config={"text_num_attention_heads": 2})
+    loaded = published.load()["text_encoder"]
+    assert torch.equal(loaded(ids).last_hidden_state, tower(ids).last_hidden_state)
 
 
 def test_merged_adapters_are_a_denoiser_again(adapted, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pixcell.errors import WrongWeights
+from pixcell.errors import ModelError, WrongWeights
 
 __all__ = [
     "PATHLDM_FIRST_STAGES",
@@ -34,6 +34,9 @@ PATHLDM_UNET: dict[str, Any] = {
     "context_dim": 512,
 }
 """The U-Net of all released PathLDM models, and of the ImageNet model they started from."""
+
+
+_CLIP_HEAD_WIDTH = 64
 
 
 def _stage(
@@ -160,24 +163,31 @@ def first_stage_config_of(state: Mapping[str, Tensor], *, resolution: int = 256)
         raise WrongWeights(f"these are no weights of an ldm autoencoder: no {error}.") from error
 
 
-def text_config_of(state: Mapping[str, Tensor], *, head_width: int = 64) -> dict[str, Any]:
+def text_config_of(state: Mapping[str, Tensor], *, num_heads: int | None = None) -> dict[str, Any]:
     """Return the configuration of a CLIP text tower whose weights have these names and shapes.
 
     Args:
         state: Named as in ldm, without the prefix ``cond_stage_model.transformer.``.
-        head_width: No shape tells it; CLIP's heads are 64 wide.
+        num_heads: No shape tells it; None: heads 64 wide, as CLIP's.
 
     Raises:
+        ModelError: If heads are not 64 wide and their number is not given.
         WrongWeights: If these are no weights of such a tower.
     """
     try:
         vocab_size, width = state["text_model.embeddings.token_embedding.weight"].shape
+        if width % (num_heads or _CLIP_HEAD_WIDTH):
+            raise ModelError(
+                f"the text tower is {width} wide, no whole number of "
+                + (f"{num_heads} heads" if num_heads else f"heads {_CLIP_HEAD_WIDTH} wide as CLIP's")
+                + "; no shape tells how many it has. Give --set config={text_num_attention_heads: ...}."
+            )
         return {
             "vocab_size": vocab_size,
             "hidden_size": width,
             "intermediate_size": state["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
             "num_hidden_layers": _count(state, r"text_model\.encoder\.layers\.(\d+)\."),
-            "num_attention_heads": max(1, width // head_width),
+            "num_attention_heads": num_heads or width // _CLIP_HEAD_WIDTH,
             "max_position_embeddings": state["text_model.embeddings.position_embedding.weight"].shape[0],
             # Begin and end are the last two words of CLIP's vocabulary.
             "bos_token_id": vocab_size - 2,

@@ -109,7 +109,8 @@ def open_published(
         kind: One of :data:`KINDS`, where names should not decide.
         which: Of a training checkpoint: averaged weights, those trained, or averaged ones if there are any.
         num_attention_heads: Where there is no configuration; shapes do not tell it. None: as published.
-        config: Entries of the configuration that replace what was found or derived.
+        config: Entries of the configuration that replace what was found or derived. Of adapters
+            ``lora_alpha``, where their file does not tell it and it is not their rank.
         base: The denoiser that adapters belong to; they are added to it.
         skip_objects: Of a pickle, leave out what is no tensor instead of refusing the file.
         download: Whether what is not on this machine may be downloaded.
@@ -124,6 +125,11 @@ def open_published(
     place, origin = find_source(source, download=download)
     options = Options(which, skip_objects, num_attention_heads, dict(config or {}), base)
     if kind == "pipeline" or (kind is None and (place / "model_index.json").is_file()):
+        if options.config:
+            raise ModelError(
+                f"{place} is a pipeline, whose parts have configurations of their own. Open the folder of "
+                "one part to replace entries, or edit its config.json."
+            )
         parts, notes = _pipeline(place, options)
         return Published("pipeline", KINDS["pipeline"], place, origin, parts, tuple(notes))
     stored = open_weights(place, which=which, skip_objects=skip_objects)

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
-from pixcell.models.adapters import load_lora, read_lora
+from pixcell.models.adapters import LoraWeights, load_lora, read_lora
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.configurations import config_in, read_json
 from pixcell.models.controlnet import PixCellControlNetModel
@@ -39,7 +39,7 @@ from pixcell.models.published_layouts import diffusers_from_original
 from pixcell.models.text import load_text_tower
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.models.translator import EmbeddingTranslator, load_translator
-from pixcell.models.weight_files import StoredWeights, Which, open_weights
+from pixcell.models.weight_files import StoredWeights, Which, open_weights, weight_files_in
 from pixcell.models.weights import empty_parameters, load_stored
 
 __all__ = ["OPENERS", "UNBUILDABLE", "Options", "Part", "Parts", "load_model", "read_json"]
@@ -49,6 +49,7 @@ Part = Callable[[torch.dtype | None], nn.Module]
 Parts = tuple[dict[str, Part], list[str]]
 
 # What weight files of a model folder are called; another file may lie beside the config.json of anything.
+_ALPHA = "lora_alpha"
 _USUAL_FILES = ("diffusion_pytorch_model", "model.", "pytorch_model.")
 
 
@@ -154,17 +155,20 @@ def _with_adapters(stored: StoredWeights, place: Path, options: Options) -> Part
             name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name
         }
     )
-    parts, notes = _denoiser(plain, place, options)
+    others = {key: value for key, value in options.config.items() if key != _ALPHA}
+    parts, notes = _denoiser(plain, place, replace(options, config=others))
 
     def load(dtype: torch.dtype | None) -> nn.Module:
         model: Any = parts["transformer"](dtype)
-        load_lora(model, read_lora(_adapters_in(stored)))
+        # The rest of the file is the denoiser that was just loaded: there is nothing to compare.
+        load_lora(model, replace(_adapters_in(stored, place, options), base=None))
         return model
 
     return {"transformer": load}, notes
 
 
 def _adapters(stored: StoredWeights, place: Path, options: Options) -> Parts:
+    _check_settings("adapters", options, _ALPHA)
     base = options.base
     if not isinstance(base, PixCellTransformer2DModel):
         raise MissingWeights(
@@ -173,23 +177,34 @@ def _adapters(stored: StoredWeights, place: Path, options: Options) -> Parts:
         )
 
     def load(dtype: torch.dtype | None) -> nn.Module:
-        # A path tells which denoiser it was trained on, which tensors alone do not.
-        load_lora(base, place if place.suffix == ".safetensors" else read_lora(_adapters_in(stored)))
+        load_lora(base, _adapters_in(stored, place, options))
         return base if dtype is None else base.to(dtype)
 
     return {"transformer": load}, []
 
 
-def _adapters_in(stored: StoredWeights) -> dict[str, Tensor]:
-    return {
-        name: value.clone(memory_format=torch.contiguous_format)
-        for name, value in stored.mapped().items()
-        if ".lora_" in name
-    }
+def _adapters_in(stored: StoredWeights, place: Path, options: Options) -> LoraWeights:
+    alpha = options.config.get(_ALPHA)
+    files = weight_files_in(place) if place.is_dir() else (place,)
+    if len(files) == 1 and files[0].suffix == ".safetensors":
+        # Beside the tensors it may say how much they count, and to which denoiser they belong.
+        return read_lora(files[0], alpha=alpha)
+    return read_lora(
+        {name: value for name, value in stored.mapped().items() if ".lora_" in name}, alpha=alpha
+    )
+
+
+def _check_settings(what: str, options: Options, *known: str) -> None:
+    """Refuse entries of a configuration that would change nothing."""
+    if unknown := [key for key in options.config if key not in known]:
+        raise ModelError(
+            f"{', '.join(unknown)} cannot be set for {what}; "
+            + (f"what can is {', '.join(known)}." if known else "names and shapes tell all of it.")
+        )
 
 
 def _translator(stored: StoredWeights, place: Path, options: Options) -> Parts:
-    del options
+    _check_settings("a translator", options)
     config = _config_beside(place, EmbeddingTranslator)
     if config is not None:
         return {"translator": lambda dtype: _loaded(lambda: EmbeddingTranslator(**config), stored, dtype)}, []
@@ -233,7 +248,7 @@ def _unet(stored: StoredWeights, place: Path, options: Options) -> Parts:
 
 
 def _text_encoder(stored: StoredWeights, place: Path, options: Options) -> Parts:
-    del options
+    _check_settings("a text tower", options)
     folder = place if place.is_dir() else place.parent
     return {
         "text_encoder": lambda dtype: load_text_tower(folder, dtype=dtype or stored.floating_dtypes[0])
@@ -243,6 +258,8 @@ def _text_encoder(stored: StoredWeights, place: Path, options: Options) -> Parts
 def _pathldm(stored: StoredWeights, place: Path, options: Options) -> Parts:
     """Open a checkpoint of everything that a training held; each part is read alone."""
     source = str(place)
+    text_heads = "text_num_attention_heads"
+    _check_settings("a PathLDM checkpoint", options, "sample_size", "scaling_factor", text_heads)
     whole = split_ldm_checkpoint(stored.mapped(), source=source)
     ema = options.which == "ema" or (options.which == "auto" and whole.has_ema)
     notes = [] if not whole.ignored else [f"{len(whole.ignored)} tensors of the training left out"]
@@ -282,7 +299,8 @@ def _pathldm(stored: StoredWeights, place: Path, options: Options) -> Parts:
             lambda split: split.first_stage,
         )
     if whole.text_encoder:
-        text_config = text_config_of(whole.text_encoder)
+        text_config = text_config_of(whole.text_encoder, num_heads=options.config.get(text_heads))
+        notes.append(f"text tower: {text_config['num_attention_heads']} attention heads")
         part("text_encoder", lambda: _text_tower(text_config), lambda split: split.text_encoder)
     if whole.class_embedding is not None:
         rows, width = whole.class_embedding.shape
