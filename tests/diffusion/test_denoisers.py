@@ -183,6 +183,32 @@ def test_settings_of_adapters_are_noticed():
     assert torch.equal(seen[2], plain)
 
 
+@torch.no_grad()
+def test_weights_of_an_adapter_alone_are_noticed():
+    transformer = tiny_transformer()
+    latents, grid = latents_and_grid(transformer)
+    add_adapter(transformer)
+    denoise = denoiser_of(transformer)
+    before = denoise(latents, TIME, Conditioning(grid))
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(-parameter)  # as averages of an adapter are swapped in: no version is raised
+    after = denoise(latents, TIME, Conditioning(grid))
+    assert torch.equal(after, denoiser_of(transformer)(latents, TIME, Conditioning(grid)))
+    assert not torch.allclose(after, before)
+
+
+@torch.no_grad()
+def test_what_was_prepared_under_autocast_is_not_taken_without(transformer):
+    latents, grid = latents_and_grid(transformer)
+    denoise = denoiser_of(transformer, timesteps=TIME[None])
+    expected = denoise(latents, TIME, Conditioning(grid))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = denoise(latents, TIME, Conditioning(grid))
+    assert torch.equal(denoise(latents, TIME, Conditioning(grid)), expected)
+    assert not torch.equal(low, expected)
+
+
 def test_with_gradients_nothing_is_kept(transformer):
     latents, grid = latents_and_grid(transformer)
     denoise = denoiser_of(transformer)

@@ -3,11 +3,11 @@
 What a condition comes to in each block, and what a timestep comes to, depend on no latents. A denoiser keeps
 both: conditions it meets again, and the modulation of all the timesteps it was told of. It keeps them only
 without gradients and in evaluation mode, compares conditions by their values, and forgets everything as soon
-as the weights, their precision, their device or their adapters have changed.
+as the weights, their precision, their device, their adapters or the autocast have changed.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,9 +107,9 @@ def _state_of(transformer: PixCellTransformer2DModel, device: torch.device) -> t
     None where they cannot be prepared: weights that wait on another device come with the forward pass, not
     before it; and of those made in inference mode changes cannot be seen.
 
-    Every tensor with its version, which each change in place raises, and its place in memory; the settings of
-    adapters; and the values of two biases, because what writes through ``.data`` (as averages of weights do
-    when they are swapped in) raises no version.
+    Every tensor with its version, which each change in place raises, and its place in memory; the settings
+    of adapters; the autocast; and the values of all biases and of adapters, because what writes through
+    ``.data`` (as averages of weights and other adapters do when they are swapped in) raises no version.
     """
     parts = (
         transformer.caption_projection,
@@ -121,12 +121,26 @@ def _state_of(transformer: PixCellTransformer2DModel, device: torch.device) -> t
     tensors = [tensor for module in modules for tensor in _own_tensors(module)]
     if any(tensor.is_inference() or tensor.device != device for tensor in tensors):
         return None
-    witnesses = (transformer.caption_projection.linear_2.bias, transformer.adaln_single.linear.bias)
+    witnesses = [tensor for tensor in tensors if tensor.ndim == 1]
+    for module in modules:
+        if hasattr(module, "merged_adapters"):
+            witnesses += [
+                value for name, value in module.named_parameters() if not name.startswith("base_layer.")
+            ]
     return (
         tuple((id(tensor), tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors),
         tuple(_adapter_settings(module) for module in modules if hasattr(module, "merged_adapters")),
-        tuple(float(witness.detach().float().sum()) for witness in witnesses),
+        _values_of(witnesses),
+        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
     )
+
+
+def _values_of(tensors: Sequence[Tensor]) -> tuple[float, ...]:
+    """Two numbers that differ where values do; one wait for the device."""
+    exact = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    values = torch.cat([tensor.detach().flatten().to(exact) for tensor in tensors])
+    places = torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device)
+    return tuple(torch.stack([values.sum(), (values * places).sum()]).tolist())
 
 
 _PROJECTIONS = ("to_k", "to_v", "to_out")
