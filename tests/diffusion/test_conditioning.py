@@ -218,6 +218,12 @@ class TestTextAndControl:
         with pytest.raises(ModelError, match="3 embeddings, 2 text states"):
             Conditioning(grid(), text_states=text(2))
 
+    def test_an_encoder_told_in_other_words_is_the_same(self):
+        made_by = {"name": "uni2-h", "sha256": "0", "preprocessing": {"mean": (0.5, 0.5)}, "licence": "x"}
+        from_file = {"name": "uni2-h", "sha256": "0", "preprocessing": {"mean": [0.5, 0.5]}, "dim": 3}
+        joined = Conditioning.cat([Conditioning(grid(1), encoder=one) for one in (made_by, from_file)])
+        assert joined.batch_size == 2
+
     def test_embeddings_of_two_encoders_do_not_belong_together(self):
         parts = [Conditioning(grid(1), encoder={"name": name}) for name in ("uni2-h", "phikon")]
         with pytest.raises(ModelError, match="different encoders"):

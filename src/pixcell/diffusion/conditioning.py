@@ -11,6 +11,7 @@ Each row of the batch either has its conditions or has none; rows without get th
 tokens and no control.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from torch import Tensor
 from pixcell.errors import ModelError
 from pixcell.geometry import Box
 
-__all__ = ["LATENTS_PER_FIELD", "Conditioning", "Denoiser"]
+__all__ = ["LATENTS_PER_FIELD", "Conditioning", "Denoiser", "encoder_difference"]
 
 LATENTS_PER_FIELD = 32
 """Latents along the side of a 256-pixel field, which has one embedding."""
@@ -253,7 +254,7 @@ class Conditioning:
 
         Raises:
             ValueError: If some have a grid (or text) and others do not: their number of samples is unknown.
-            ModelError: If the embeddings come from different encoders.
+            ModelError: If the embeddings come from different encoders, as far as that is known.
         """
         if all(part.is_empty for part in parts):
             return cls()
@@ -268,7 +269,7 @@ class Conditioning:
         if control is not None:
             parts = [part._with_blank_control(control) for part in parts]
         encoders = [part.encoder for part in parts if part.encoder is not None]
-        if any(encoder != encoders[0] for encoder in encoders):
+        if any(encoder_difference(encoders[0], encoder) for encoder in encoders[1:]):
             names = " and ".join(sorted({str(encoder.get("name")) for encoder in encoders}))
             raise ModelError(f"embeddings of different encoders ({names}) cannot be joined.")
         joined: dict[str, Tensor] = {}
@@ -321,6 +322,24 @@ class Conditioning:
     def _check_batch(self, batch_size: int) -> None:
         if self.batch_size not in (None, batch_size):
             raise ModelError(f"{batch_size} samples were given with {self.batch_size} conditions.")
+
+
+def encoder_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Return in what two encoders differ, as far as both are known: "preprocessing", "sha256" or "name".
+
+    They are equal if their weights and preprocessing are, whatever they are called. Where a hash of the
+    weights is not known on both sides, names decide. None: they do not differ.
+    """
+    is_hashed = one.get("sha256") is not None and other.get("sha256") is not None
+    for key in ("preprocessing", "sha256" if is_hashed else "name"):
+        if one.get(key) is not None and other.get(key) is not None and not _same(one[key], other[key]):
+            return key
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare as JSON values: what was saved has lists for tuples."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 @runtime_checkable

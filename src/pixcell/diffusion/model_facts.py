@@ -10,10 +10,10 @@
 Any may be absent. Published pipelines have no such file.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from pixcell.diffusion.conditioning import encoder_difference
 from pixcell.diffusion.pipeline_parts import FACTS_FILE
 from pixcell.errors import ModelError
 from pixcell.models.transformer import PixCellTransformer2DModel
@@ -57,8 +57,7 @@ def check_facts(facts: Mapping[str, Any], transformer: PixCellTransformer2DModel
 def check_encoder(known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse embeddings of another encoder than the one a model was trained with, where both are known.
 
-    Encoders are equal if their weights and preprocessing are, whatever they are called. Where a hash of the
-    weights is not known on both sides, names decide.
+    What counts is told by :func:`~pixcell.diffusion.conditioning.encoder_difference`.
 
     Args:
         known: What the model says of its encoder (``facts["encoder"]``).
@@ -67,22 +66,13 @@ def check_encoder(known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     Raises:
         ModelError: Names both.
     """
-
-    keys = ["preprocessing", "sha256"]
-    if known.get("sha256") is None or given.get("sha256") is None:
-        keys[1] = "name"
-    for key in keys:
-        if known.get(key) is not None and given.get(key) is not None and not _same(known[key], given[key]):
-            raise ModelError(
-                f"the embeddings were made by {_named(given)}, and the model was trained with "
-                f"{_named(known)}: the {key} is another. They would mean nothing to it; encode with the "
-                "model's encoder."
-            )
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Compare as JSON values: facts that were saved have lists for tuples."""
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+    key = encoder_difference(known, given)
+    if key is not None:
+        raise ModelError(
+            f"the embeddings were made by {_named(given)}, and the model was trained with "
+            f"{_named(known)}: the {key} is another. They would mean nothing to it; encode with the "
+            "model's encoder."
+        )
 
 
 def _named(encoder: Mapping[str, Any]) -> str:
