@@ -277,3 +277,12 @@ class TestEta:
             self.sampled("dpm-solver++", 0.5)
         with pytest.raises(ModelError, match="eta is 2"):
             self.sampled("ddim", 2.0)
+
+
+def test_a_timestep_per_sample_stays_with_its_sample_in_fixed_batches():
+    def told(latents, timestep, conditioning):
+        return latents * 0 + timestep[:, None, None, None]
+
+    times = torch.tensor([3.0, 5.0, 7.0])
+    made = in_fixed_batches(told, 2)(torch.zeros(3, 1, 1, 1), times, Conditioning())
+    assert torch.equal(made.flatten(), times)

@@ -265,3 +265,10 @@ def test_windows_of_no_whole_number_of_fields_are_refused():
     denoiser = windowed(forbidden, size=12, stride=6, conditions=between_fields, latents_per_field=8)
     with pytest.raises(ModelError, match="12 x 12 latents is no whole number of fields of 8 x 8"):
         denoiser(torch.zeros(1, 4, 32, 32), TIMESTEP, conditioning)
+
+
+def test_one_timestep_in_a_list_holds_for_all_windows_and_samples(transformer):
+    latents = torch.randn(2, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+    whole = windowed(denoiser_of(transformer), 16, 16, windows_per_call=2)
+    one, listed = (whole(latents, time, Conditioning()) for time in (torch.tensor(7), torch.tensor([7])))
+    assert torch.equal(one, listed)

@@ -89,7 +89,8 @@ def in_fixed_batches(denoiser: Denoiser, size: int) -> Denoiser:
         def part(start: int) -> Tensor:
             # Copied, so that alignment in memory is the same too: some kernels care.
             rows = torch.arange(start, start + size, device=latents.device).clamp(max=total - 1)
-            return denoiser(latents[rows], timestep, conditioning.select(rows))[: total - start]
+            time = timestep if timestep.numel() == 1 else timestep[rows.to(timestep.device)]
+            return denoiser(latents[rows], time, conditioning.select(rows))[: total - start]
 
         return torch.cat(side_by_side(part, range(0, total, size), latents.device))
 

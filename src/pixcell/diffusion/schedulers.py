@@ -84,6 +84,8 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 }
 """Class and settings of each solver; the noise schedule comes from :func:`make_scheduler`."""
 
+_MULTISTEP_SOLVERS = (DPMSolverMultistepScheduler, SASolverScheduler, UniPCMultistepScheduler)
+
 _PREDICTION_TYPES: dict[Target, str] = {
     "noise": "epsilon",
     "velocity": "v_prediction",
@@ -208,6 +210,7 @@ def check_steps(num_inference_steps: int, scheduler: SchedulerMixin) -> None:
 
     Some ways of spreading timesteps leave the noisiest ones out: DDIM with "leading" spacing takes 600 steps
     from timestep 599 of 1000. What starts there is noise, and would be taken for a half-finished picture.
+    And as many steps as timesteps may leave one step without length, which multistep solvers divide by.
 
     Raises:
         ModelError: Names what is possible.
@@ -216,6 +219,11 @@ def check_steps(num_inference_steps: int, scheduler: SchedulerMixin) -> None:
     if not 1 <= num_inference_steps <= most:
         raise ModelError(
             f"{num_inference_steps} sampling steps are not possible; choose 1 to {most} (20 is usual)."
+        )
+    if _repeats(scheduler, num_inference_steps):
+        raise ModelError(
+            f"{type(scheduler).__name__} would visit a timestep twice in {num_inference_steps} steps, and "
+            "divide by the way between. Choose fewer steps (20 is usual), or another scheduler."
         )
     if _begins_with_noise(scheduler, num_inference_steps):
         return
@@ -237,6 +245,15 @@ def _first_timestep(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
     trial = type(scheduler).from_config(scheduler.config)
     lay_out(trial, num_inference_steps)
     return int(trial.timesteps[0])
+
+
+def _repeats(scheduler: SchedulerMixin, num_inference_steps: int) -> bool:
+    """Whether a multistep solver would take a step of no length."""
+    if not isinstance(scheduler, _MULTISTEP_SOLVERS):
+        return False
+    trial = type(scheduler).from_config(scheduler.config)
+    lay_out(trial, num_inference_steps)
+    return bool((trial.sigmas.diff() == 0).any())
 
 
 def _begins_with_noise(scheduler: SchedulerMixin, num_inference_steps: int) -> bool:

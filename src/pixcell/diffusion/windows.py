@@ -176,7 +176,7 @@ def windowed(
         for start in range(0, len(boxes), windows_per_call):
             chosen = slice(start, start + windows_per_call)
             windows = torch.cat([latents[..., *_area(box)] for box in boxes[chosen]])
-            times = timestep if timestep.ndim == 0 else timestep.repeat(len(windows) // batch_size)
+            times = timestep if timestep.numel() == 1 else timestep.repeat(len(windows) // batch_size)
             predicted = denoiser(windows, times, Conditioning.cat(parts[chosen]))
             if prediction is None:
                 prediction = predicted.new_zeros(
