@@ -1,23 +1,27 @@
 """The pipeline does what a diffusers user expects, and says what its numbers mean."""
 
+import inspect
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from golden_vectors import load
 from pixcell.diffusion.conditioning import Conditioning
 from pixcell.diffusion.control import control_latents_of
+from pixcell.diffusion.large_image import LargeImageScheduler
 from pixcell.diffusion.pipelines import PixCellPipeline
-from pixcell.diffusion.sampling import generator_for, make_scheduler
+from pixcell.diffusion.sampling import generator_for, make_scheduler, noise_for
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 from pixcell.models.controlnet import PixCellControlNetModel
 from pixcell.models.transformer import PixCellTransformer2DModel
-from tiny_models import tiny_controlnet, tiny_kl_vae, tiny_transformer, tiny_vae
+from tiny_models import awake, tiny_controlnet, tiny_kl_vae, tiny_transformer, tiny_vae
 
 STEPS = 3
 
@@ -47,6 +51,29 @@ def contents(folder):
 
 
 class TestSavedAndLoaded:
+    def test_facts_of_a_model_saved_there_before_do_not_stay(self, pipeline, transformer, vae, tmp_path):
+        pipeline.save_pretrained(tmp_path)
+        PixCellPipeline(transformer, vae, make_scheduler()).save_pretrained(tmp_path)
+        assert PixCellPipeline.from_pretrained(tmp_path).facts == {}
+
+    def test_facts_are_there_when_parts_are_saved_and_uploaded(self, pipeline, tmp_path, monkeypatch):
+        seen = []
+        save = DiffusionPipeline.save_pretrained
+
+        def watched(self, folder, **kwargs):
+            seen.append((Path(folder) / "pixcell.json").is_file())
+            save(self, folder, **kwargs)
+
+        monkeypatch.setattr(DiffusionPipeline, "save_pretrained", watched)
+        pipeline.save_pretrained(tmp_path)
+        assert seen == [True]
+
+    def test_the_scheduler_of_large_images_too(self, transformer, vae, tmp_path):
+        PixCellPipeline(transformer, vae, LargeImageScheduler(eta=1.0)).save_pretrained(tmp_path)
+        scheduler = PixCellPipeline.from_pretrained(tmp_path).scheduler
+        assert isinstance(scheduler, LargeImageScheduler)
+        assert scheduler.config.eta == 1.0
+
     def test_it_makes_the_same_pictures(self, pipeline, embeddings, tmp_path):
         pipeline.save_pretrained(tmp_path)
         again = PixCellPipeline.from_pretrained(tmp_path)
@@ -390,6 +417,48 @@ class TestWrongInput:
             pipeline(embeddings, callback_on_step_end_tensor_inputs=["noise"])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((1, 2, 2, 12), np.float32), "in a ndarray"),
+        ([torch.zeros(2, 2, 12)], "in a list"),
+        (torch.zeros(0, 2, 2, 12), "0 embeddings"),
+    ],
+)
+def test_embeddings_in_other_containers_are_refused(pipeline, given, message):
+    as_users_call_it = inspect.unwrap(PixCellPipeline.__call__)  # tests check the types of arguments, too
+    with pytest.raises(ModelError, match=message):
+        as_users_call_it(pipeline, given)
+
+
+def test_a_list_of_guidance_scales_is_one_per_picture(pipeline, embeddings):
+    given = [
+        latents_of(pipeline, embeddings, guidance_scale=scales, fixed_batch=1)
+        for scales in ([1.5, 3.0], torch.tensor([1.5, 3.0]))
+    ]
+    assert torch.equal(*given)
+
+
+def test_negative_embeddings_of_the_same_encoder_in_other_words(pipeline, embeddings):
+    known = {**pipeline.facts["encoder"], "preprocessing": {"mean": (0.5,)}}
+    from_file = json.loads(json.dumps({key: known[key] for key in ("sha256", "preprocessing")}))
+    made = latents_of(
+        pipeline,
+        Conditioning(embeddings, encoder=known),
+        negative_embeddings=Conditioning(-embeddings, encoder=from_file),
+    )
+    assert made.shape[0] == 2
+
+
+def test_a_variance_that_was_not_learned_is_refused_before_the_mask_is_encoded(vae, mask, monkeypatch):
+    transformer = tiny_transformer(out_channels=4)
+    branch = PixCellControlNetModel.from_transformer(transformer)
+    pipeline = PixCellPipeline(transformer, vae, make_scheduler("ddpm-learned"), controlnet=branch)
+    monkeypatch.setattr(pipeline.codec, "encode", None)
+    with pytest.raises(ModelError, match="has learned no variance"):
+        pipeline(control=mask)
+
+
 def test_a_scheduler_for_another_target_is_refused(transformer, vae, embeddings):
     """It would make pictures all the same, and wrong ones."""
     pipeline = PixCellPipeline(
@@ -486,6 +555,30 @@ class TestControl:
             )
 
         assert torch.equal(made([0, 1])[1:], made([1]))
+
+    @pytest.mark.parametrize("fixed_batch", [1, 2])
+    def test_a_picture_does_not_depend_on_the_control_of_others(self, vae, mask, fixed_batch):
+        """The branch runs on those that have a control: how many there are must not matter."""
+        torch.manual_seed(0)
+        transformer = tiny_transformer(num_attention_heads=3, attention_head_dim=24, cross_attention_dim=72)
+        branch = awake(PixCellControlNetModel.from_transformer(transformer))
+        pipeline = PixCellPipeline(transformer, vae, make_scheduler(), controlnet=branch)
+        pipeline.set_progress_bar_config(disable=True)
+        embeddings = torch.randn(3, 2, 2, 12, generator=torch.Generator().manual_seed(0))
+
+        def made(rows):
+            return latents_of(
+                pipeline,
+                embeddings[rows],
+                control=np.stack([mask] * len(rows)),
+                control_scale=torch.tensor([1.0, 0.0, 0.5])[rows],
+                guidance_scale=torch.tensor([1.5, 2.0, 3.0])[rows],
+                latents=torch.cat([noise_for(0, row, (1, 4, 16, 16)) for row in rows]),
+                fixed_batch=fixed_batch,
+            )
+
+        whole = made([0, 1, 2])
+        assert all(torch.equal(made([row])[0], whole[row]) for row in range(3))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, controlled, embeddings, mask, dtype):

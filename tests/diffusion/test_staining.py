@@ -409,3 +409,40 @@ class TestWrongInput:
             VirtualStainingPipeline(
                 pipeline.transformer, pipeline.vae, pipeline.scheduler, tiny_translator(8)
             )
+
+
+def test_a_pipeline_of_the_same_parts_keeps_its_encoder(seeing, pictures):
+    again = quiet(VirtualStainingPipeline.from_pipe(seeing))
+    assert again.encoder is seeing.encoder
+    assert torch.equal(latents_of(again, pictures), latents_of(seeing, pictures))
+    plain = PixCellPipeline.from_pipe(seeing)  # without the parts that it does not take
+    assert plain.transformer is seeing.transformer
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"output_type": "jpg"},
+        {"height": 100},
+        {"guidance_scale": float("nan")},
+        {"guidance_interval": (800, 200), "guidance_scale": 2.0},
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_before_anything_is_translated(seeing, pictures, wrong, monkeypatch):
+    monkeypatch.setattr(seeing, "translated", None)
+    with pytest.raises((ModelError, ValueError)):
+        seeing(pictures, **wrong)
+
+
+def test_the_adapter_is_there_when_parts_are_saved_and_uploaded(pipeline, tmp_path, monkeypatch):
+    seen = []
+    save = PixCellPipeline.save_pretrained
+
+    def watched(self, folder, **kwargs):
+        seen.append((Path(folder) / LORA_FILE).is_file())
+        save(self, folder, **kwargs)
+
+    monkeypatch.setattr(PixCellPipeline, "save_pretrained", watched)
+    pipeline.save_pretrained(tmp_path)
+    assert seen == [True]

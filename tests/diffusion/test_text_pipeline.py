@@ -396,3 +396,12 @@ def test_a_unet_without_text_is_refused(parts):
     ):
         with pytest.raises(ModelError, match="a U-Net attends to text in every sample"):
             denoiser(latents, torch.tensor(1), conditioning)
+
+
+def test_a_pipeline_of_the_same_parts_keeps_its_facts(parts):
+    facts = {"text": {"policy": "tight"}, "guidance_scale": 3.0}
+    pipeline = TextPipeline(**parts, scheduler=pathldm_scheduler(), facts=facts)
+    again = TextPipeline.from_pipe(pipeline, scheduler=make_scheduler("ddim-ldm", schedule=PATHLDM_SCHEDULE))
+    assert again.facts == facts
+    assert again.unet is pipeline.unet
+    assert again.scheduler is not pipeline.scheduler

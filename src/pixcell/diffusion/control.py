@@ -36,7 +36,9 @@ Control = Callable[[Tensor, Tensor, Conditioning], Sequence[Tensor] | None]
 """``(latents, timestep, conditioning)`` to what is added to each block, or None where no row has control."""
 
 
-def control_by(controlnet: PixCellControlNetModel, timesteps: Tensor | None = None) -> Control:
+def control_by(
+    controlnet: PixCellControlNetModel, timesteps: Tensor | None = None, fixed_batch: int | None = None
+) -> Control:
     """Return a control branch as what :func:`~pixcell.diffusion.denoisers.denoiser_of` takes.
 
     The branch runs on the rows that have a control: in a batch for guidance, on the conditional half.
@@ -44,23 +46,22 @@ def control_by(controlnet: PixCellControlNetModel, timesteps: Tensor | None = No
     Args:
         controlnet: The branch.
         timesteps: All that will be asked for, where they are known.
+        fixed_batch: Run the branch on exactly so many rows at a time. How many of a batch have a control is a
+            matter of other rows too, and kernels are chosen by it. None: on all at once.
     """
     memory = SamplingMemory(controlnet, timesteps)
 
-    def control(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Sequence[Tensor] | None:
-        rows = conditioning.controlled
-        if rows is None or not rows.any():
-            return None
-        chosen = rows.nonzero().flatten().to(latents.device)
-        part = conditioning.to(latents.device).select(chosen)
+    def residuals_of(latents: Tensor, timestep: Tensor, part: Conditioning) -> tuple[Tensor, ...]:
         null = controlnet.unconditional_embedding.to(latents.device)
         time, condition, dropped = memory.recall(
-            timestep[chosen] if timestep.ndim and len(timestep) == len(latents) else timestep,
-            part.tokens(null, len(chosen)).to(controlnet.dtype),
-            None if part.embedding_grid is not None else torch.ones_like(chosen, dtype=torch.bool),
+            timestep,
+            part.tokens(null, len(latents)).to(controlnet.dtype),
+            None
+            if part.embedding_grid is not None
+            else torch.ones(len(latents), dtype=torch.bool, device=latents.device),
         )
         (residuals,) = controlnet(
-            latents[chosen].to(controlnet.dtype),
+            latents.to(controlnet.dtype),
             time,
             condition,
             part.control_latents,
@@ -68,9 +69,27 @@ def control_by(controlnet: PixCellControlNetModel, timesteps: Tensor | None = No
             return_dict=False,
             dropped=dropped,
         )
+        return tuple(residuals)
+
+    def control(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Sequence[Tensor] | None:
+        rows = conditioning.controlled
+        if rows is None or not rows.any():
+            return None
+        chosen = rows.nonzero().flatten().to(latents.device)
+        conditioning = conditioning.to(latents.device)
+        size = len(chosen) if fixed_batch is None else fixed_batch
+        parts = []
+        for start in range(0, len(chosen), size):
+            # What is missing in the last call is filled with copies of its last row.
+            places = torch.arange(start, start + size, device=latents.device).clamp(max=len(chosen) - 1)
+            taken = chosen[places]
+            time = timestep[taken] if timestep.ndim and len(timestep) == len(latents) else timestep
+            residuals = residuals_of(latents[taken], time, conditioning.select(taken))
+            parts.append([residual[: len(chosen) - start] for residual in residuals])
+        joined = tuple(torch.cat(of_block) for of_block in zip(*parts, strict=True))
         if len(chosen) == len(latents):
-            return tuple(residuals)
-        return tuple(_scattered(residual, chosen, len(latents)) for residual in residuals)
+            return joined
+        return tuple(_scattered(residual, chosen, len(latents)) for residual in joined)
 
     return control
 

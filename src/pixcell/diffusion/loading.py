@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
+from pixcell.diffusion.large_image import LargeImageScheduler
 from pixcell.diffusion.schedulers import SCHEDULERS
 from pixcell.errors import MissingWeights, ModelError
 from pixcell.models import published_openers
@@ -130,7 +131,7 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     if not (folder / "scheduler_config.json").is_file():
         raise MissingWeights(f"{folder} lacks scheduler_config.json; copy the pipeline again as a whole.")
     name = str(read_json(folder / "scheduler_config.json").get("_class_name"))
-    own = {kind.__name__: kind for kind, _ in SCHEDULERS.values()}
+    own = {kind.__name__: kind for kind in (*(kind for kind, _ in SCHEDULERS.values()), LargeImageScheduler)}
     kind: Any = own.get(name, getattr(diffusers, name, None))
     if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ModelError(

@@ -1,6 +1,8 @@
 """What every pipeline does alike: the noise to begin with, reports on the way, pictures at the end."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pixcell.errors import ModelError
+from pixcell.files import write_json, writing_to
 from pixcell.models.codec import to_uint8
 from pixcell.models.threads import side_by_side
 
@@ -20,8 +23,10 @@ __all__ = [
     "as_output",
     "bring",
     "check_output",
+    "from_parts_of",
     "noise_like",
     "reporting",
+    "write_facts",
 ]
 
 FACTS_FILE = "pixcell.json"
@@ -31,6 +36,17 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """Gets the pipeline, step number, timestep and ``{"latents": ...}``; may return other latents likewise."""
+
+
+def from_parts_of(kind: Callable[..., Any], pipeline: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a pipeline of another's parts, its facts and its encoder, as far as the class takes them."""
+    parts = {
+        **pipeline.components,
+        "facts": getattr(pipeline, "facts", None),
+        "encoder": getattr(pipeline, "encoder", None),
+    }
+    known = inspect.signature(kind).parameters
+    return kind(**{**{name: part for name, part in parts.items() if name in known}, **changes})
 
 
 def check_output(output_type: str, callback_inputs: Sequence[str]) -> None:
@@ -44,6 +60,18 @@ def check_output(output_type: str, callback_inputs: Sequence[str]) -> None:
     unknown = set(callback_inputs) - {"latents"}
     if unknown:
         raise ValueError(f"a callback can get latents, not {', '.join(sorted(unknown))}")
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write :data:`FACTS_FILE`, or take away that of a model that was saved there before.
+
+    To be called before the parts are saved: what is uploaded with them is what is there by then.
+    """
+    if facts:
+        write_json(folder / FACTS_FILE, facts)
+    else:
+        with writing_to(folder):
+            (folder / FACTS_FILE).unlink(missing_ok=True)
 
 
 def noise_like(

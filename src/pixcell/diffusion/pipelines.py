@@ -8,7 +8,7 @@ A saved pipeline has a file more than diffusers': ``pixcell.json``, with what th
 have none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -39,13 +39,14 @@ from pixcell.diffusion.pipeline_parts import (
     as_output,
     bring,
     check_output,
+    from_parts_of,
     noise_like,
     reporting,
+    write_facts,
 )
 from pixcell.diffusion.sampling import in_fixed_batches, sample_latents
 from pixcell.diffusion.schedulers import check_steps, lay_out, takes_variance, target_of
 from pixcell.errors import ModelError
-from pixcell.files import write_json
 from pixcell.models.codec import LatentCodec
 from pixcell.models.controlnet import PixCellControlNetModel
 from pixcell.models.transformer import PixCellTransformer2DModel
@@ -147,13 +148,13 @@ class PixCellPipeline(DiffusionPipeline):
             pipeline: One of ours, for example to give it a control branch.
             changes: Arguments of the constructor.
         """
-        return cls(**{**pipeline.components, "facts": getattr(pipeline, "facts", None), **changes})
+        made: Self = from_parts_of(cls, pipeline, changes)
+        return made
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""
+        write_facts(Path(save_directory), self.facts)
         super().save_pretrained(str(save_directory), **kwargs)
-        if self.facts:
-            write_json(Path(save_directory) / FACTS_FILE, self.facts)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device and number format; see :meth:`DiffusionPipeline.to`.
@@ -201,7 +202,7 @@ class PixCellPipeline(DiffusionPipeline):
         embeddings: Tensor | Conditioning | None = None,
         *,
         num_inference_steps: int = 20,
-        guidance_scale: float | Tensor | None = None,
+        guidance_scale: float | Sequence[float] | Tensor | None = None,
         guidance_interval: tuple[float, float] | None = None,
         negative_embeddings: Tensor | Conditioning | None = None,
         control: ControlImage | None = None,
@@ -223,8 +224,8 @@ class PixCellPipeline(DiffusionPipeline):
         Args:
             embeddings: (batch, rows, columns, dim) or, row by row, (batch, tokens, dim). None: no condition.
             num_inference_steps: Calls of the denoiser.
-            guidance_scale: 1 is no guidance; one for all, or a tensor with one per picture. None: what suits
-                the model, :attr:`usual_guidance_scale`.
+            guidance_scale: 1 is no guidance; one for all, or one per picture. None: what suits the model,
+                :attr:`usual_guidance_scale`.
             guidance_interval: Timesteps, lowest and highest, at which to guide; at others the prediction is
                 the conditional one. None: guide at all of them.
             negative_embeddings: What guidance moves away from, instead of "no condition"; one for all, or one
@@ -263,6 +264,8 @@ class PixCellPipeline(DiffusionPipeline):
             raise ModelError(f"{num_images_per_embedding} pictures cannot be made; ask for at least 1.")
         if guidance_scale is None:
             guidance_scale = self.usual_guidance_scale
+        if not isinstance(guidance_scale, int | float):
+            guidance_scale = torch.as_tensor(guidance_scale, dtype=torch.float32)  # a list is one per picture
         check_guidance(guidance_scale, guidance_interval)
         height, width = self._size(height, width)
         conditioning = self._conditioning(embeddings, encoder)
@@ -276,6 +279,15 @@ class PixCellPipeline(DiffusionPipeline):
         scale = _control_scales(control_scale, batch_size)
         noise = noise_like(shape, generator, latents, self._execution_device)
 
+        lay_out(self.scheduler, num_inference_steps, noise.device)
+        denoiser = denoiser_of(
+            self.transformer,
+            None
+            if self.controlnet is None
+            else control_by(self.controlnet, self.scheduler.timesteps, fixed_batch),
+            with_variance=takes_variance(self.scheduler),
+            timesteps=self.scheduler.timesteps,
+        )
         if pictures is not None:
             encoded = control_latents_of(self.codec, pictures, height, width)
             conditioning = replace(conditioning, control_latents=encoded.expand(num_conditions, -1, -1, -1))
@@ -284,13 +296,6 @@ class PixCellPipeline(DiffusionPipeline):
         if scale is not None and conditioning.control_latents is not None:
             conditioning = replace(conditioning, control_scale=scale.to(noise.device))
 
-        lay_out(self.scheduler, num_inference_steps, noise.device)
-        denoiser = denoiser_of(
-            self.transformer,
-            None if self.controlnet is None else control_by(self.controlnet, self.scheduler.timesteps),
-            with_variance=takes_variance(self.scheduler),
-            timesteps=self.scheduler.timesteps,
-        )
         if negative is not None and negative.batch_size != 1:
             negative = negative.repeat(num_images_per_embedding)
         one_for_all = not isinstance(guidance_scale, Tensor) and (
@@ -304,7 +309,7 @@ class PixCellPipeline(DiffusionPipeline):
         else:  # what differs from picture to picture must meet all pictures
             denoiser = in_fixed_batches(denoiser, fixed_batch)
             denoiser = guided(denoiser, guidance_scale, guidance_interval, negative)
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             result = sample_latents(
                 denoiser,
                 self.scheduler,
@@ -326,9 +331,7 @@ class PixCellPipeline(DiffusionPipeline):
             raise ModelError(f"{height} x {width} pixels: both sides must be multiples of {step}.")
         return height, width
 
-    def _conditioning(
-        self, embeddings: Tensor | Conditioning | None, encoder: Mapping[str, Any] | None
-    ) -> Conditioning:
+    def _conditioning(self, embeddings: Any, encoder: Mapping[str, Any] | None) -> Conditioning:
         """Take embeddings in any of their forms, and refuse those that the model cannot mean."""
         conditioning = _conditioning_of(embeddings)
         if encoder is not None:
@@ -337,6 +340,8 @@ class PixCellPipeline(DiffusionPipeline):
         if conditioning.text_states is not None:
             raise ModelError("text was given, and the model takes embeddings of tissue. See TextPipeline.")
         # Fails here if grid and model do not fit, and not after the first noise is drawn.
+        if conditioning.batch_size == 0:
+            raise ModelError("0 embeddings were given; leave them out to make pictures of no condition.")
         null = self.transformer.unconditional_embedding
         conditioning.to(null.device).tokens(null, conditioning.batch_size or 1)
         conditioning.check_finite()
@@ -394,11 +399,16 @@ class PixCellPipeline(DiffusionPipeline):
             )
 
 
-def _conditioning_of(embeddings: Tensor | Conditioning | None) -> Conditioning:
+def _conditioning_of(embeddings: Any) -> Conditioning:
     if isinstance(embeddings, Conditioning):
         return embeddings
     if embeddings is None:
         return Conditioning()
+    if not isinstance(embeddings, Tensor):
+        raise ModelError(
+            f"embeddings in a {type(embeddings).__name__} were given; give a tensor, such as "
+            "torch.from_numpy(array) or torch.stack(list)."
+        )
     if embeddings.ndim == 3:
         return Conditioning.from_tokens(embeddings)
     if embeddings.ndim != 4:

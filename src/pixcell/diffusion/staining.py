@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pixcell.diffusion.conditioning import Conditioning
+from pixcell.diffusion.guidance import check_guidance
 from pixcell.diffusion.loading import (
     find_pipeline,
     load_controlnet,
@@ -45,6 +46,7 @@ from pixcell.diffusion.loading import (
     read_json,
 )
 from pixcell.diffusion.model_facts import check_encoder
+from pixcell.diffusion.pipeline_parts import check_output
 from pixcell.diffusion.pipelines import FACTS_FILE, PixCellPipeline
 from pixcell.diffusion.schedulers import check_steps
 from pixcell.errors import ModelError
@@ -183,10 +185,10 @@ class VirtualStainingPipeline(PixCellPipeline):
             )
         lora_file = Path(save_directory) / LORA_FILE
         lora_file.unlink(missing_ok=True)  # of an earlier saving: it would be added to other weights
+        if names:  # before the rest: what is uploaded with it is what is there by then
+            save_lora(self.transformer, lora_file, name=names[0])
         with saved_without_adapters(self.transformer):
             super().save_pretrained(save_directory, **kwargs)
-        if names:
-            save_lora(self.transformer, lora_file, name=names[0])
 
     @property
     def usual_guidance_scale(self) -> float:
@@ -201,7 +203,7 @@ class VirtualStainingPipeline(PixCellPipeline):
         num_translation_steps: int = 100,
         keep_norm: bool = False,
         num_inference_steps: int = 20,
-        guidance_scale: float | Tensor | None = None,
+        guidance_scale: float | Sequence[float] | Tensor | None = None,
         encoder: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -223,7 +225,19 @@ class VirtualStainingPipeline(PixCellPipeline):
         Raises:
             ModelError: If pictures, embeddings or steps do not fit the model, before any compute.
         """
+        # Known to be wrong before anything is encoded and translated, which takes its time.
         check_steps(num_inference_steps, self.scheduler)
+        self._check_target()
+        check_output(
+            options.get("output_type", "pil"), options.get("callback_on_step_end_tensor_inputs", ("latents",))
+        )
+        if guidance_scale is not None:
+            is_one = isinstance(guidance_scale, int | float)
+            check_guidance(
+                guidance_scale if is_one else torch.as_tensor(guidance_scale),  # type: ignore[arg-type]
+                options.get("guidance_interval"),
+            )
+        self._size(options.get("height"), options.get("width"))
         conditioning = self.translated(
             source, num_translation_steps=num_translation_steps, keep_norm=keep_norm, encoder=encoder
         )

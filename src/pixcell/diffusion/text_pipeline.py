@@ -44,8 +44,10 @@ from pixcell.diffusion.pipeline_parts import (
     as_output,
     bring,
     check_output,
+    from_parts_of,
     noise_like,
     reporting,
+    write_facts,
 )
 from pixcell.diffusion.sampling import (
     check_steps,
@@ -55,7 +57,6 @@ from pixcell.diffusion.sampling import (
     target_of,
 )
 from pixcell.errors import ModelError
-from pixcell.files import write_json
 from pixcell.models.codec import LatentCodec
 from pixcell.models.pathldm import ClassEmbedder
 from pixcell.models.text import TextEncoder
@@ -152,11 +153,21 @@ class TextPipeline(DiffusionPipeline):
             facts=facts,
         )
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **changes: Any) -> Self:
+        """Return a pipeline of the same parts, some of them changed; no weight is copied.
+
+        Args:
+            pipeline: Another of this class.
+            changes: Arguments of the constructor.
+        """
+        made: Self = from_parts_of(cls, pipeline, changes)
+        return made
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""
+        write_facts(Path(save_directory), self.facts)
         super().save_pretrained(str(save_directory), **kwargs)
-        if self.facts:
-            write_json(Path(save_directory) / FACTS_FILE, self.facts)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device and number format; see :meth:`DiffusionPipeline.to`.
