@@ -181,6 +181,18 @@ def test_a_card_says_what_it_is_and_where_it_came_from(make, tmp_path):
     assert not list((tmp_path / "out").rglob("*.py"))
 
 
+def test_an_autoencoder_put_beside_keeps_its_own_licence(tmp_path):
+    """The denoiser's does not cover it."""
+    source, _ = denoiser_folder(tmp_path)
+    tiny_vae().save_pretrained(tmp_path / "stability")
+    convert(str(source), tmp_path / "out", vae=str(tmp_path / "stability"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "of vae/: not known" in card
+    assert "the autoencoder in vae/ is from stability" in card
+    convert(str(tmp_path / "out"), tmp_path / "again", licence="MIT")
+    assert "MIT (as given at the conversion)" in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_the_original_layout_opens_as_our_class(tmp_path):
     source, options = original_checkpoint(tmp_path)
     result = convert(str(source), tmp_path / "out", **options)
@@ -239,6 +251,15 @@ def test_adapters_are_taken_out_and_know_their_denoiser(tmp_path):
     assert same(model, adapted_transformer())
     with pytest.raises(WrongWeights, match="trained on"):
         load_lora(awake(tiny_transformer()), tmp_path / "out" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_folder_of_adapters_is_refused_for_another_denoiser(tmp_path):
+    source, options = adapted_file(tmp_path)
+    convert(str(source), tmp_path / "her2", **options)
+    awake(tiny_transformer()).save_pretrained(tmp_path / "another")
+    with pytest.raises(WrongWeights, match="trained on"):
+        convert(str(tmp_path / "her2"), tmp_path / "out", base=str(tmp_path / "another"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_can_bring_their_denoiser_along(tmp_path):
@@ -337,9 +358,12 @@ def pathldm(tmp_path):
     return tmp_path / "pathldm.ckpt", dict(zip(("unet", "vae", "text_encoder"), parts.values(), strict=True))
 
 
+TEXT_HEADS = {"text_num_attention_heads": 2}  # the published tower has heads 64 wide, this one 8
+
+
 def test_a_whole_pathldm_checkpoint_becomes_a_pipeline(pathldm, tmp_path):
     source, parts = pathldm
-    options = {"tokenizer": str(tmp_path / "tokenizer"), "config": {"sample_size": 8}}
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "config": {"sample_size": 8} | TEXT_HEADS}
     with pytest.raises(WrongWeights, match="--skip-objects"):
         convert(str(source), tmp_path / "out", **options)
     result = convert(str(source), tmp_path / "out", skip_objects=True, **options)
@@ -352,9 +376,9 @@ def test_a_whole_pathldm_checkpoint_becomes_a_pipeline(pathldm, tmp_path):
 
 def test_a_text_tower_without_tokenizer_is_a_question(pathldm, tmp_path):
     with pytest.raises(MissingWeights, match="--set tokenizer=plip or clip"):
-        convert(str(pathldm[0]), tmp_path / "out", skip_objects=True)
+        convert(str(pathldm[0]), tmp_path / "out", skip_objects=True, config=TEXT_HEADS)
     with pytest.raises(MissingWeights, match="neither a folder nor one of plip, clip"):
-        convert(str(pathldm[0]), tmp_path / "out", skip_objects=True, tokenizer="bert")
+        convert(str(pathldm[0]), tmp_path / "out", skip_objects=True, tokenizer="bert", config=TEXT_HEADS)
 
 
 def test_an_ldm_autoencoder_alone_is_one_model(pathldm, tmp_path):
@@ -425,10 +449,14 @@ def test_the_command_says_what_it_recognised(tmp_path):
         ({"kind": "translator"}, "EmbeddingTranslator does not know"),
         ({"vae": "no-such-vae"}, "no-such-vae"),
         ({"precision": "fp8"}, "fp8"),
+        ({"base": "denoiser"}, "--base is for adapters"),
+        ({"with_base": True}, "with_base is for PixCell denoiser with adapters"),
+        ({"tokenizer": "plip"}, "tokenizer is for PathLDM"),
     ],
 )
-def test_bad_options_are_refused(tmp_path, options, message):
+def test_bad_options_are_refused(tmp_path, options, message, monkeypatch):
     source, _ = denoiser_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=message):
         convert(str(source), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,7 @@ from pixcell.diffusion.text_pipeline import TextPipeline
 from pixcell.errors import MissingWeights, ModelError
 from pixcell.files import sha256_of, write_json, write_text, write_whole_folder
 from pixcell.models.adapters import lora_state, save_lora, saved_without_adapters
-from pixcell.models.codec import LatentCodec
+from pixcell.models.codec import PUBLISHED_CODECS, LatentCodec
 from pixcell.models.encoders import ENCODERS
 from pixcell.models.published import KINDS, Published, open_published
 from pixcell.models.published_configs import uni_arguments
@@ -135,17 +135,31 @@ def convert(
             skip_objects=skip_objects,
             download=download,
         )
-        console.print(f"{published.place} is: {published.what}", markup=False)
+        console.print(f"{published.place} is: {published.what}", markup=False, soft_wrap=True)
+        _check_used(published, base, with_base, tokenizer)
         dtype = None if precision == "stored" else dtype_of(precision)
         options = _Options(dtype, vae, with_base, tokenizer, heads, download)
         parts, notes = _WRITERS.get(published.kind, _write_model)(published, folder, options)
         _forget_places(folder)
         hashes = {name: weights_sha256(part) for name, part in sorted(parts.items())}
-        origin = _origin(published, hashes, licence, precision, (*published.notes, *notes))
+        origin = _origin(published, hashes, licence, precision, (*published.notes, *notes), vae)
         write_json(folder / ORIGIN_FILE, origin)
         counts = {name: _count(part) for name, part in sorted(parts.items())}
         write_text(folder / "README.md", model_card(folder, origin, counts))
     return ConvertResult(Path(dest), published.kind, published.what, counts, (*published.notes, *notes))
+
+
+def _check_used(published: Published, base: str | None, with_base: bool, tokenizer: str | None) -> None:
+    """Refuse what would have no effect: who gives it believes that it has one."""
+    for option, given, kind in (
+        ("--base", base is not None, "lora-adapter"),
+        ("with_base", with_base, "lora"),
+        ("tokenizer", tokenizer is not None, "pathldm"),
+    ):
+        if given and published.kind != kind:
+            raise ModelError(
+                f"{option} is for {KINDS[kind]}, and {published.place} is: {published.what}. Leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -366,20 +380,27 @@ def _origin(
     licence: str | None,
     precision: str,
     notes: tuple[str, ...],
+    vae: str | None,
 ) -> dict[str, Any]:
     """Say what was converted. A folder that was converted before, and is as it was then, keeps its origin."""
     before = published.place / ORIGIN_FILE
     if before.is_file():
         origin = read_json(before)
         if origin.get("weights_sha256") == dict(hashes):
-            return origin if licence is None else {**origin, "licence": licence}
+            return origin if licence is None else {**origin, "licence": licence, "licence_from": "given"}
     source = published.origin
+    stated = source.licence if source else None
+    if vae is not None:
+        known = PUBLISHED_CODECS.get(vae)
+        where = f"{vae} ({known.repository})" if known else Path(vae).name
+        notes = (*notes, f"the autoencoder in vae/ is from {where}, under a licence of its own")
+        stated = f"{stated or 'not known'}; of vae/: {known.licence if known else 'not known'}"
     return {
         "kind": published.kind,
         "what": KINDS[published.kind],
         "name": source.name if source else published.place.name,
         "repository": source.repository if source else None,
-        "licence": licence or (source.licence if source else None),
+        "licence": licence or stated,
         "licence_from": "given" if licence else ("public pages" if source else "not known"),
         "files_sha256": _file_hashes(published.place),
         "weights_sha256": dict(hashes),
