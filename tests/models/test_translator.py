@@ -271,3 +271,10 @@ class TestLoading:
     def test_configurations_that_make_no_model(self, changes, message):
         with pytest.raises(ModelError, match=message):
             small(**changes)
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    state = EmbeddingTranslator(6, 4, 4, 4, 6, 1).state_dict()
+    state["out.2.bias"][0] = torch.nan
+    with pytest.raises(WrongWeights, match=r"out\.2\.bias \(1 tensors\) hold NaN"):
+        load_translator(state)

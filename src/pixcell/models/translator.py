@@ -215,7 +215,7 @@ def load_translator(
 
     Raises:
         MissingWeights: If there is no such file, or the folder lacks one.
-        WrongWeights: If names or shapes are not those of a translator.
+        WrongWeights: If names or shapes are not those of a translator, or values are no numbers.
         ModelError: If the folder is one of another class of model.
     """
     if isinstance(source, Mapping):
@@ -229,6 +229,11 @@ def load_translator(
         state = read_weights(path)
     translator = EmbeddingTranslator(**(_config_of(state, what) if config is None else config))
     fit_weights(translator, state, what)
+    if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise WrongWeights(
+            f"{what}: {', '.join(broken[:3])} ({len(broken)} tensors) hold NaN or infinity. The file is "
+            "damaged, or its training failed; get it again from its source."
+        )
     # diffusers' own ``to`` warns at every cast, even where no module asks to stay in float32.
     nn.Module.to(translator, dtype=dtype)
     return translator.eval()
