@@ -62,7 +62,7 @@ def demo(
     *,
     slides: Sequence[Path] = (),
     codec_steps: int = 300,
-    steps: int = 500,
+    steps: int = 800,
     count: int = 16,
     seed: int = 0,
 ) -> DemoResult:
