@@ -575,3 +575,9 @@ class TestWrongInput:
     def test_architectures(self, changes, message):
         with pytest.raises(ModelError, match=message):
             PixCellTransformer2DModel(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
+def test_positions_need_a_scale(scale):
+    with pytest.raises(ModelError, match="interpolation_scale"):
+        PixCellTransformer2DModel(interpolation_scale=scale)

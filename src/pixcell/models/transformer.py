@@ -142,6 +142,8 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
         _check_architecture(
             width, cross_attention_dim, sample_size, patch_size, norm_type, attention_type, caption_num_tokens
         )
+        if not 0 < interpolation_scale < math.inf:
+            raise ModelError(f"interpolation_scale {interpolation_scale} must be a positive number.")
         if caption_num_tokens > 1 and caption_channels % 4:
             raise ModelError(
                 f"embeddings {caption_channels} wide cannot have positions, which {caption_num_tokens} "
