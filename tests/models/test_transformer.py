@@ -531,6 +531,8 @@ class TestWrongInput:
         [
             ((1, 3, 8, 8), (1, 1, 12), "3 channels, the model takes 4"),
             ((1, 4, 9, 8), (1, 1, 12), "9 x 8 are not a whole number of 2 x 2 patches"),
+            ((1, 4, 8, 9), (1, 1, 12), "nearest latents are 8 x 8"),
+            ((4, 8, 8), (1, 1, 12), "latents of shape \\(4, 8, 8\\) were given"),
             ((1, 4, 8, 8), (1, 1, 13), "13 wide, the model takes 12"),
             ((1, 4, 8, 8), (1, 4, 12), "4 condition tokens were given, the model takes 1"),
             ((2, 4, 8, 8), (3, 1, 12), "2 latents were given with 3 conditions"),
@@ -541,6 +543,11 @@ class TestWrongInput:
         small.pos_embed.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
         with pytest.raises(ModelError, match=message):
             small(torch.zeros(latents), 1, torch.zeros(condition))
+
+    @pytest.mark.parametrize("dropped", [torch.tensor([1, 0]), torch.tensor([True])])
+    def test_dropped_samples(self, small, dropped):
+        with pytest.raises(ModelError, match="give one boolean each"):
+            small(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 1, 12), dropped=dropped)
 
     def test_timesteps(self, small):
         with pytest.raises(ModelError, match="2 timesteps were given for 3 latents"):

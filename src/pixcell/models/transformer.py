@@ -248,17 +248,17 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
 
     def forward(
         self,
-        hidden_states: Float[Tensor, "batch channels height width"],
+        hidden_states: Float[Tensor, "..."],
         timestep: Tensor | float | TimeModulation,
         encoder_hidden_states: Tensor | PreparedCondition | None = None,
         block_controlnet_hidden_states: Sequence[Tensor] | None = None,
         return_dict: bool = True,
-        dropped: Bool[Tensor, " _"] | None = None,
+        dropped: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict what was added to clean latents.
 
         Args:
-            hidden_states: Noisy latents.
+            hidden_states: Noisy latents, (batch, channels, height, width).
             timestep: 0 to 999, fractions allowed; one for all, or one per sample. Or what :meth:`modulation`
                 made of it.
             encoder_hidden_states: Embeddings as the encoder gave them, (batch, tokens, dim), or what
@@ -266,7 +266,7 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
             block_controlnet_hidden_states: What is added to the output of each block, (batch, image tokens,
                 width). May be shorter than the number of blocks; the last blocks then get nothing.
             return_dict: Return an object with ``sample`` instead of a tuple of one.
-            dropped: Samples to be treated as having no condition. None: none of them.
+            dropped: Booleans, (batch,): samples to be treated as having no condition. None: none.
 
         Returns:
             ``sample``, (batch, out_channels, height, width): noise, then variance logits if learned.
@@ -380,6 +380,10 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
         residuals: Sequence[Tensor],
     ) -> None:
         config = self.config
+        if latents.ndim != 4:
+            raise ModelError(
+                f"latents of shape {tuple(latents.shape)} were given, not (batch, channels, height, width)."
+            )
         batch_size, channels, height, width = latents.shape
         if channels != config.in_channels:
             raise ModelError(
@@ -387,11 +391,11 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
                 "Use the autoencoder that the model was trained with."
             )
         if height % config.patch_size or width % config.patch_size or not height or not width:
-            near = max(round(height / config.patch_size), 1) * config.patch_size
+            near = [max(round(side / config.patch_size), 1) * config.patch_size for side in (height, width)]
             raise ModelError(
                 f"latents of {height} x {width} are not a whole number of {config.patch_size} x "
                 f"{config.patch_size} patches. Choose a picture size that is a multiple of "
-                f"{8 * config.patch_size} pixels; the nearest latent height is {near}."
+                f"{8 * config.patch_size} pixels; the nearest latents are {near[0]} x {near[1]}."
             )
         times = timestep.output[:, 0] if isinstance(timestep, TimeModulation) else torch.as_tensor(timestep)
         if times.numel() not in (1, batch_size):
@@ -430,9 +434,9 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
                 f"{condition.shape[1]} condition tokens were given, the model takes "
                 f"{config.caption_num_tokens} (a {self.grid_size} x {self.grid_size} grid of embeddings)."
             )
-        if dropped is not None and dropped.shape != condition.shape[:1]:
+        if dropped is not None and (dropped.shape, dropped.dtype) != (condition.shape[:1], torch.bool):
             raise ModelError(
-                f"dropped marks {dropped.numel()} samples of {condition.shape[0]}; give one boolean each."
+                f"dropped marks {dropped.numel()} samples of {len(condition)}; give one boolean each."
             )
 
     @torch.no_grad()
