@@ -426,6 +426,8 @@ def test_a_pipeline_of_the_same_parts_keeps_its_encoder(seeing, pictures):
         {"height": 100},
         {"guidance_scale": float("nan")},
         {"guidance_interval": (800, 200), "guidance_scale": 2.0},
+        {"generator": [torch.Generator()] * 7},
+        {"latents": torch.zeros(1, 4, 2, 2)},
     ],
     ids=str,
 )

@@ -339,8 +339,23 @@ class TestWrongInput:
         with pytest.raises(ModelError, match=message):
             latents_of(pipeline, prompt, **rest)
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"eta": 2.0},
+            {"generator": [torch.Generator()] * 3},
+            {"latents": torch.zeros(1, 3, 8, 8)},
+            {"guidance_scale": torch.tensor([1.0, 2.0, 3.0])},
+        ],
+        ids=lambda settings: next(iter(settings)),
+    )
+    def test_what_is_wrong_is_said_before_prompts_are_encoded(self, pipeline, settings, monkeypatch):
+        monkeypatch.setattr(pipeline, "_states", lambda *_: pytest.fail("encoded"))
+        with pytest.raises(ModelError):
+            latents_of(pipeline, PROMPTS, **settings)
+
     def test_scales_per_picture_are_as_many_as_pictures(self, pipeline):
-        with pytest.raises(ModelError, match="3 guidance scales were given for 2 samples"):
+        with pytest.raises(ModelError, match="3 guidance scales were given for 2 pictures"):
             latents_of(pipeline, PROMPTS, guidance_scale=torch.tensor([1.0, 2.0, 3.0]))
 
     def test_programming_errors(self, pipeline):

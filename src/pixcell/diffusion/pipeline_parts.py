@@ -22,6 +22,7 @@ __all__ = [
     "OnStepEnd",
     "as_output",
     "bring",
+    "check_noise",
     "check_output",
     "from_parts_of",
     "noise_like",
@@ -91,15 +92,28 @@ def noise_like(
     Raises:
         ModelError: If the latents given, or the generators, are not as many as the samples.
     """
+    check_noise(shape, generator, latents)
+    if latents is None:
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    return latents.to(device, torch.float32)
+
+
+def check_noise(
+    shape: tuple[int, int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: Tensor | None,
+) -> None:
+    """Refuse what :func:`noise_like` cannot make noise of, without drawing any.
+
+    Raises:
+        ModelError: If the latents given, or the generators, are not as many as the samples.
+    """
     if isinstance(generator, list) and len(generator) != shape[0]:
         raise ModelError(
             f"{len(generator)} generators were given for {shape[0]} pictures; give one, or one each."
         )
-    if latents is None:
-        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    if tuple(latents.shape) != shape:
+    if latents is not None and tuple(latents.shape) != shape:
         raise ModelError(f"the latents given are {tuple(latents.shape)}; these pictures need {shape}.")
-    return latents.to(device, torch.float32)
 
 
 def reporting(

@@ -37,6 +37,7 @@ from pixcell.models.threads import side_by_side
 
 __all__ = [
     "SCHEDULERS",
+    "check_eta",
     "check_steps",
     "denoiser_of",
     "generator_for",
@@ -149,17 +150,26 @@ def sample_latents(
     return latents
 
 
-def _step_arguments(
-    scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
-) -> dict[str, Any]:
-    known = inspect.signature(scheduler.step).parameters
-    arguments: dict[str, Any] = {"generator": generator} if "generator" in known else {}
+def check_eta(scheduler: SchedulerMixin, eta: float | None) -> None:
+    """Refuse an eta that the scheduler does not know, or that is no share. None is always possible.
+
+    Raises:
+        ModelError: Says which it takes.
+    """
     if eta is None:
-        return arguments
-    if "eta" not in known:
+        return
+    if "eta" not in inspect.signature(scheduler.step).parameters:
         raise ModelError(
             f"eta is for DDIM; {type(scheduler).__name__} has none. Leave it out, or choose 'ddim'."
         )
     if not 0 <= eta <= 1:
         raise ModelError(f"eta is {eta}; 0 adds no fresh noise, 1 as much as ancestral sampling.")
-    return {**arguments, "eta": eta}
+
+
+def _step_arguments(
+    scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
+) -> dict[str, Any]:
+    check_eta(scheduler, eta)
+    known = inspect.signature(scheduler.step).parameters
+    arguments: dict[str, Any] = {"generator": generator} if "generator" in known else {}
+    return arguments if eta is None else {**arguments, "eta": eta}

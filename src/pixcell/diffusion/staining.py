@@ -46,7 +46,7 @@ from pixcell.diffusion.loading import (
     read_json,
 )
 from pixcell.diffusion.model_facts import check_encoder
-from pixcell.diffusion.pipeline_parts import check_output
+from pixcell.diffusion.pipeline_parts import check_noise, check_output
 from pixcell.diffusion.pipelines import FACTS_FILE, PixCellPipeline
 from pixcell.diffusion.schedulers import check_steps
 from pixcell.errors import ModelError
@@ -237,7 +237,10 @@ class VirtualStainingPipeline(PixCellPipeline):
                 guidance_scale if is_one else torch.as_tensor(guidance_scale),  # type: ignore[arg-type]
                 options.get("guidance_interval"),
             )
-        self._size(options.get("height"), options.get("width"))
+        size = self._size(options.get("height"), options.get("width"))
+        if source is not None:
+            number = _number_of(source) * options.get("num_images_per_embedding", 1)
+            check_noise(self._latent_shape(number, *size), options.get("generator"), options.get("latents"))
         conditioning = self.translated(
             source, num_translation_steps=num_translation_steps, keep_norm=keep_norm, encoder=encoder
         )
@@ -329,6 +332,14 @@ class VirtualStainingPipeline(PixCellPipeline):
                 f"encoder {self.encoder.name} makes embeddings {self.encoder.dim} wide, the model takes "
                 f"{width}. Use the encoder that the model was trained with."
             )
+
+
+def _number_of(source: StainingSource) -> int:
+    """How many samples a source holds."""
+    if isinstance(source, Conditioning):
+        return source.batch_size or 1
+    is_batch = isinstance(source, Tensor) and source.is_floating_point()
+    return len(source) if is_batch else len(_batch_of(source))  # type: ignore[arg-type]
 
 
 def _batch_of(source: StainingSource) -> Tensor:

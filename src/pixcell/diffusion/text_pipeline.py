@@ -50,6 +50,7 @@ from pixcell.diffusion.pipeline_parts import (
     write_facts,
 )
 from pixcell.diffusion.sampling import (
+    check_eta,
     check_steps,
     in_fixed_batches,
     lay_out,
@@ -288,7 +289,14 @@ class TextPipeline(DiffusionPipeline):
             raise ModelError(f"{num_images_per_prompt} pictures cannot be made; ask for at least 1.")
         if sum(given is not None for given in (prompt, text_states, class_labels)) > 1:
             raise ModelError("prompt, text_states and class_labels say the same thing; give one of them.")
-        shape = self._latent_shape(height, width)
+        batch_size = _number_of(prompt, text_states, class_labels) * num_images_per_prompt
+        if isinstance(scale, Tensor) and scale.numel() not in (1, batch_size):
+            raise ModelError(
+                f"{scale.numel()} guidance scales were given for {batch_size} pictures: one, or one each."
+            )
+        check_eta(self.scheduler, eta)
+        shape = (batch_size, *self._latent_shape(height, width))
+        noise = noise_like(shape, generator, latents, self._execution_device)
 
         conditions = self._states(prompt, text_states, class_labels)
         said = (prompt, text_states, class_labels, negative_prompt, negative_text_states)
@@ -297,8 +305,6 @@ class TextPipeline(DiffusionPipeline):
             negative = self._negative(conditions, negative_prompt, negative_text_states)
         conditioning = Conditioning(text_states=conditions).repeat(num_images_per_prompt)
         conditioning.check_finite()
-        batch_size = conditions.shape[0] * num_images_per_prompt
-        noise = noise_like((batch_size, *shape), generator, latents, self._execution_device)
 
         denoiser = text_denoiser_of(self.unet)
         if fixed_batch is not None:
@@ -428,6 +434,11 @@ class TextPipeline(DiffusionPipeline):
                     f"the {part} makes states {width} wide, the U-Net takes {config.cross_attention_dim}. "
                     "Give parts of one model."
                 )
+
+
+def _number_of(*said: str | int | Sequence[str] | Sequence[int] | Tensor | None) -> int:
+    """How many samples a prompt, text states or classes ask for; one if nothing is said."""
+    return next((1 if isinstance(each, str | int) else len(each) for each in said if each is not None), 1)
 
 
 def _text_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
