@@ -51,6 +51,12 @@ def contents(folder):
 
 
 class TestSavedAndLoaded:
+    @pytest.mark.parametrize("options", [{"variant": "fp16"}, {"safe_serialization": False}], ids=str)
+    def test_what_would_not_be_read_back_is_not_written(self, pipeline, options, tmp_path):
+        with pytest.raises(ModelError, match=r"folder of its own|safetensors"):
+            pipeline.save_pretrained(tmp_path / "saved", **options)
+        assert not (tmp_path / "saved").exists()
+
     def test_facts_of_a_model_saved_there_before_do_not_stay(self, pipeline, transformer, vae, tmp_path):
         pipeline.save_pretrained(tmp_path)
         PixCellPipeline(transformer, vae, make_scheduler()).save_pretrained(tmp_path)

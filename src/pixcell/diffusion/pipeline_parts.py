@@ -24,6 +24,7 @@ __all__ = [
     "bring",
     "check_noise",
     "check_output",
+    "check_saving",
     "from_parts_of",
     "noise_like",
     "reporting",
@@ -61,6 +62,21 @@ def check_output(output_type: str, callback_inputs: Sequence[str]) -> None:
     unknown = set(callback_inputs) - {"latents"}
     if unknown:
         raise ValueError(f"a callback can get latents, not {', '.join(sorted(unknown))}")
+
+
+def check_saving(options: Mapping[str, Any]) -> None:
+    """Refuse ways of saving that pixcell would not read back.
+
+    Raises:
+        ModelError: Names the way out.
+    """
+    if options.get("variant") is not None:
+        raise ModelError(
+            f"variant {options['variant']!r}: a pipeline folder holds one number format here. Convert the "
+            "pipeline (pipeline.to(torch.float16)) and save it to a folder of its own."
+        )
+    if not options.get("safe_serialization", True):
+        raise ModelError("pickled weights are not written: leave safe_serialization out (safetensors).")
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ from pixcell.diffusion.pipeline_parts import (
     as_output,
     bring,
     check_output,
+    check_saving,
     from_parts_of,
     noise_like,
     reporting,
@@ -153,6 +154,7 @@ class PixCellPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""
+        check_saving(kwargs)
         write_facts(Path(save_directory), self.facts)
         super().save_pretrained(str(save_directory), **kwargs)
 

@@ -46,7 +46,7 @@ from pixcell.diffusion.loading import (
     read_json,
 )
 from pixcell.diffusion.model_facts import check_encoder
-from pixcell.diffusion.pipeline_parts import check_noise, check_output
+from pixcell.diffusion.pipeline_parts import check_noise, check_output, check_saving
 from pixcell.diffusion.pipelines import FACTS_FILE, PixCellPipeline
 from pixcell.diffusion.schedulers import check_steps
 from pixcell.errors import ModelError
@@ -177,6 +177,7 @@ class VirtualStainingPipeline(PixCellPipeline):
         Raises:
             ModelError: If the denoiser has several adapters: a stain has one.
         """
+        check_saving(kwargs)
         names = list(getattr(self.transformer, "peft_config", {}))
         if len(names) > 1:
             raise ModelError(
