@@ -3,9 +3,10 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from PIL import Image
@@ -20,15 +21,14 @@ __all__ = [
     "FACTS_FILE",
     "OUTPUT_TYPES",
     "OnStepEnd",
+    "TissuePipeline",
     "as_output",
     "bring",
     "check_noise",
     "check_output",
     "check_saving",
-    "from_parts_of",
     "noise_like",
     "reporting",
-    "write_facts",
 ]
 
 FACTS_FILE = "pixcell.json"
@@ -40,7 +40,43 @@ OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """Gets the pipeline, step number, timestep and ``{"latents": ...}``; may return other latents likewise."""
 
 
-def from_parts_of(kind: Callable[..., Any], pipeline: Any, changes: Mapping[str, Any]) -> Any:
+class TissuePipeline(DiffusionPipeline):
+    """What pipelines of pixcell do alike: share their parts, save with :data:`FACTS_FILE`, and move.
+
+    A subclass has ``facts``, and a ``vae`` among its modules.
+    """
+
+    facts: dict[str, Any]
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **changes: Any) -> Self:
+        """Return a pipeline of the same parts, some of them changed; no weight is copied.
+
+        Args:
+            pipeline: One of ours, for example to give it a control branch.
+            changes: Arguments of the constructor.
+        """
+        made: Self = _parts_of(cls, pipeline, changes)
+        return made
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""
+        check_saving(kwargs)
+        _write_facts(Path(save_directory), self.facts)
+        super().save_pretrained(str(save_directory), **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device and number format; see :meth:`DiffusionPipeline.to`.
+
+        An autoencoder whose activations need more range than float16 has computes in float32 all the same.
+        """
+        super().to(*args, **kwargs)
+        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+            self.vae.to(torch.float32)
+        return self
+
+
+def _parts_of(kind: Callable[..., Any], pipeline: Any, changes: Mapping[str, Any]) -> Any:
     """Return a pipeline of another's parts, its facts and its encoder, as far as the class takes them."""
     parts = {
         **pipeline.components,
@@ -79,7 +115,7 @@ def check_saving(options: Mapping[str, Any]) -> None:
         raise ModelError("pickled weights are not written: leave safe_serialization out (safetensors).")
 
 
-def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write :data:`FACTS_FILE`, or take away that of a model that was saved there before.
 
     To be called before the parts are saved: what is uploaded with them is what is there by then.

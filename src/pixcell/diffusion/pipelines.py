@@ -11,10 +11,10 @@ have none.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import ImagePipelineOutput, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -36,14 +36,12 @@ from pixcell.diffusion.noise_schedules import Target
 from pixcell.diffusion.pipeline_parts import (
     FACTS_FILE,
     OnStepEnd,
+    TissuePipeline,
     as_output,
     bring,
     check_output,
-    check_saving,
-    from_parts_of,
     noise_like,
     reporting,
-    write_facts,
 )
 from pixcell.diffusion.sampling import in_fixed_batches, sample_latents
 from pixcell.diffusion.schedulers import check_steps, lay_out, takes_variance, target_of
@@ -58,7 +56,7 @@ _CLASSES = ("PixCellPipeline", "PixCellControlNetPipeline")
 _PARTS = ("transformer", "vae", "scheduler")
 
 
-class PixCellPipeline(DiffusionPipeline):
+class PixCellPipeline(TissuePipeline):
     """Generate tissue from embeddings, or without.
 
     Args:
@@ -140,33 +138,6 @@ class PixCellPipeline(DiffusionPipeline):
         if scheduler is None:
             scheduler = load_scheduler(folder / "scheduler")
         return cls(transformer, autoencoder, scheduler, facts, controlnet)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **changes: Any) -> Self:
-        """Return a pipeline of the same parts, some of them changed; no weight is copied.
-
-        Args:
-            pipeline: One of ours, for example to give it a control branch.
-            changes: Arguments of the constructor.
-        """
-        made: Self = from_parts_of(cls, pipeline, changes)
-        return made
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""
-        check_saving(kwargs)
-        write_facts(Path(save_directory), self.facts)
-        super().save_pretrained(str(save_directory), **kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move to a device and number format; see :meth:`DiffusionPipeline.to`.
-
-        An autoencoder whose activations need more range than float16 has computes in float32 all the same.
-        """
-        super().to(*args, **kwargs)
-        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
-            self.vae.to(torch.float32)
-        return self
 
     @property
     def codec(self) -> LatentCodec:

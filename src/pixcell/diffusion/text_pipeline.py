@@ -21,10 +21,10 @@ Source: Yellapragada et al. 2023, "PathLDM: Text conditioned Latent Diffusion Mo
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
+from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -41,14 +41,12 @@ from pixcell.diffusion.loading import (
 from pixcell.diffusion.pipeline_parts import (
     FACTS_FILE,
     OnStepEnd,
+    TissuePipeline,
     as_output,
     bring,
     check_output,
-    check_saving,
-    from_parts_of,
     noise_like,
     reporting,
-    write_facts,
 )
 from pixcell.diffusion.sampling import (
     check_eta,
@@ -68,7 +66,7 @@ __all__ = ["TextPipeline", "text_denoiser_of"]
 _PARTS = ("unet", "vae", "scheduler")
 
 
-class TextPipeline(DiffusionPipeline):
+class TextPipeline(TissuePipeline):
     """Generate tissue from prompts, from text states, or from classes.
 
     Args:
@@ -154,33 +152,6 @@ class TextPipeline(DiffusionPipeline):
             else None,
             facts=facts,
         )
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **changes: Any) -> Self:
-        """Return a pipeline of the same parts, some of them changed; no weight is copied.
-
-        Args:
-            pipeline: Another of this class.
-            changes: Arguments of the constructor.
-        """
-        made: Self = from_parts_of(cls, pipeline, changes)
-        return made
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the diffusers layout, and ``pixcell.json``; see :meth:`DiffusionPipeline.save_pretrained`."""
-        check_saving(kwargs)
-        write_facts(Path(save_directory), self.facts)
-        super().save_pretrained(str(save_directory), **kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move to a device and number format; see :meth:`DiffusionPipeline.to`.
-
-        An autoencoder whose activations need more range than float16 has computes in float32 all the same.
-        """
-        super().to(*args, **kwargs)
-        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
-            self.vae.to(torch.float32)
-        return self
 
     @property
     def codec(self) -> LatentCodec:
