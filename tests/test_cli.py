@@ -69,7 +69,7 @@ def test_ctrl_c_says_that_nothing_is_lost(monkeypatch, capfd):
     def interrupted(kind, recipe, overrides):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_recipe", interrupted)
+    monkeypatch.setattr(cli.data, "load_recipe", interrupted)
     monkeypatch.setattr(sys, "argv", ["pixcell", "tile", "slides", "store"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

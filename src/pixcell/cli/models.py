@@ -1,0 +1,224 @@
+"""Commands that train models, sample from them, and judge what they make."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from pixcell.cli.shared import Device, Overrides, app, call
+from pixcell.config import load_recipe
+from pixcell.console import results
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, Argument(help="A recipe file, or the name of one that comes with pixcell.")],
+    run: Annotated[Path | None, Option(help="The run's folder; by default runs/<recipe name>.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Train a model; run it again to go on from the last checkpoint.
+
+    Example: pixcell train nano --set data.store=stores/brca --set trainer.steps=2000
+    """
+    from pixcell.tasks.train import train as train_model
+    from pixcell.training.recipe import TrainRecipe
+
+    results.print(train_model(load_recipe(TrainRecipe, recipe, set_ or []), run))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, Argument(help="A run, a checkpoint, or a pipeline folder.")],
+    out: Annotated[Path, Option(help="Where the pictures go.")],
+    like: Annotated[
+        list[Path] | None, Option(help="A picture, or a folder of them, whose tissue to imitate. Repeatable.")
+    ] = None,
+    prior: Annotated[
+        Path | None, Option(help="Draw conditions from a prior that 'pixcell prior' fitted.")
+    ] = None,
+    label: Annotated[str | None, Option(help="Draw this label's tissue only (with --prior).")] = None,
+    unconditional: Annotated[bool, Option("--unconditional", help="Imitate nothing.")] = False,
+    count: Annotated[int, Option(help="How many pictures in all.")] = 16,
+    seed: Annotated[int, Option(help="Same seed, same pictures.")] = 0,
+    steps: Annotated[int | None, Option(help="Steps of the sampler; by default 20.")] = None,
+    guidance: Annotated[
+        float | None, Option(help="Guidance scale s in u + s (c - u); 1 is none; by default the model's.")
+    ] = None,
+    batch_size: Annotated[int, Option(help="Pictures at a time; does not change them.")] = 8,
+    source_mpp: Annotated[float | None, Option(help="Microns per pixel of the --like pictures.")] = None,
+    device: Annotated[Device, Option(help="Where the networks run.")] = "auto",
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace pictures of another recipe.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Generate tissue.
+
+    Example: pixcell sample runs/nano --like tile.png --count 16 --seed 1 --out samples
+    """
+    from pixcell.tasks.sample import sample as sample_pictures
+
+    results.print(
+        call(
+            "sample",
+            sample_pictures,
+            {
+                "model": model,
+                "out": out,
+                "like": like or [],
+                "prior": prior,
+                "label": label,
+                "unconditional": unconditional,
+                "count": count,
+                "seed": seed,
+                "steps": steps,
+                "guidance_scale": guidance,
+                "batch_size": batch_size,
+                "source_mpp": source_mpp,
+                "device": device,
+                "overwrite": overwrite,
+            },
+            set_,
+        )
+    )
+
+
+@app.command()
+def prior(
+    store: Annotated[Path, Argument(help="A store with a column of embeddings.")],
+    out: Annotated[Path, Argument(help="The folder of the prior.")],
+    column: Annotated[
+        str | None, Option(help="The column of embeddings; by default the only one there is.")
+    ] = None,
+    size: Annotated[
+        int | None, Option(help="Side of the model's pictures, in pixels; by default one field.")
+    ] = None,
+    by: Annotated[
+        str | None, Option(help="Attribute (label, organ, ...) whose values can then be asked for.")
+    ] = None,
+    components: Annotated[int, Option(help="Gaussians per label; more than 1 is a mixture.")] = 1,
+    prototypes: Annotated[int, Option(help="Real fields to choose per label, with their pictures.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a prior that is there.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Fit a prior to embeddings, to sample without references.
+
+    Example: pixcell prior stores/brca priors/brca --by label --components 4
+    """
+    from pixcell.tasks.prior import fit_prior
+
+    results.print(
+        call(
+            "prior",
+            fit_prior,
+            {
+                "store": store,
+                "out": out,
+                "column": column,
+                "size": size,
+                "by": by,
+                "components": components,
+                "prototypes": prototypes,
+                "overwrite": overwrite,
+            },
+            set_,
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    real: Annotated[Path, Argument(help="A store, or a folder of real pictures.")],
+    synthetic: Annotated[Path, Argument(help="A folder of generated pictures.")],
+    extractor: Annotated[
+        str,
+        Option(help="The feature space: 'inception', or any encoder but the model's own."),
+    ],
+    out: Annotated[Path, Option(help="The report; Markdown, HTML, plots go beside it.")] = Path(
+        "report.json"
+    ),
+    extractor_weights: Annotated[Path | None, Option(help="The extractor's weights on disk.")] = None,
+    references: Annotated[
+        Path | None, Option(help="The pictures given as --like, if they are not among REAL.")
+    ] = None,
+    device: Annotated[Device, Option(help="Where the networks run.")] = "auto",
+    set_: Overrides = None,
+) -> None:
+    """Compare generated pictures with real ones.
+
+    Example: pixcell evaluate stores/brca samples --extractor stain-texture --out report.json
+    """
+    from pixcell.tasks.evaluate import evaluate as evaluate_pictures
+
+    results.print(
+        call(
+            "evaluate",
+            evaluate_pictures,
+            {
+                "real": real,
+                "synthetic": synthetic,
+                "extractor": extractor,
+                "extractor_weights": extractor_weights,
+                "references": references,
+                "out": out,
+                "device": device,
+            },
+            set_,
+        )
+    )
+
+
+@app.command()
+def convert(
+    source: Annotated[str, Argument(help="A file, a folder, a published name, or owner/name on the hub.")],
+    dest: Annotated[Path, Argument(help="The folder to write; it must not exist.")],
+    kind: Annotated[
+        str | None,
+        Option(
+            "--as", help="What it is (pixcell-original, lora, ...), where tensor names should not decide."
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["auto", "ema", "raw"],
+        Option(help="Of a training checkpoint: averaged, trained, or averaged ones if there are any."),
+    ] = "auto",
+    precision: Annotated[
+        Literal["stored", "fp32", "bf16", "fp16"], Option(help="Number format to write.")
+    ] = "stored",
+    vae: Annotated[
+        str | None, Option(help="Autoencoder that makes a denoiser a pipeline: a folder, or a name (sd3.5).")
+    ] = None,
+    base: Annotated[str | None, Option(help="The denoiser that adapters alone belong to.")] = None,
+    heads: Annotated[
+        int | None, Option(min=1, help="Attention heads, where nothing tells; published: 72 wide.")
+    ] = None,
+    skip_objects: Annotated[
+        bool,
+        Option("--skip-objects", help="Leave out what is no tensor of a pickle, instead of refusing it."),
+    ] = False,
+    download: Annotated[bool, Option("--download", help="Fetch what is not on this machine.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Turn published weights into safetensors in the diffusers layout, with a model card.
+
+    Example: pixcell convert pixcell_256.ckpt models/pixcell-256 --vae weights/sd3.5-vae
+    """
+    from pixcell.tasks.convert import convert as convert_weights
+
+    results.print(
+        call(
+            "convert",
+            convert_weights,
+            {
+                "source": source,
+                "dest": dest,
+                "kind": kind,
+                "weights": weights,
+                "precision": precision,
+                "vae": vae,
+                "base": base,
+                "heads": heads,
+                "skip_objects": skip_objects,
+                "download": download,
+            },
+            set_,
+        )
+    )
