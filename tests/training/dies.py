@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pixcell.config import load_recipe
 from pixcell.tasks.train import train
-from pixcell.training import checkpoints, trainer
+from pixcell.training import averages, checkpoints
 from pixcell.training.recipe import TrainRecipe
 
 
@@ -32,7 +32,7 @@ def dying(function, count):
 if __name__ == "__main__":
     recipe, run, moment, count = sys.argv[1:]
     if moment == "step":
-        trainer.AveragedWeights.update = dying(trainer.AveragedWeights.update, int(count))
+        averages.AveragedWeights.update = dying(averages.AveragedWeights.update, int(count))
     elif moment == "sync":
         checkpoints._sync = dying(checkpoints._sync, int(count))
     train(load_recipe(TrainRecipe, recipe), Path(run))

@@ -75,7 +75,7 @@ def test_a_dropped_sample_does_not_see_its_embedding(recipe):
     for dropped, changes in ((True, False), (False, True)):
         batch["dropped"] = torch.full((2,), dropped)
         losses = [
-            objective.loss({**batch, "embedding_grid": batch["embedding_grid"] + shift})["loss"]
+            objective.loss({**batch, "embedding_grid": batch["embedding_grid"] + shift}).per_sample.mean()
             for shift in (0, 1)
         ]
         assert bool(losses[0] != losses[1]) == changes
@@ -84,10 +84,10 @@ def test_a_dropped_sample_does_not_see_its_embedding(recipe):
 def test_without_learned_variance_the_loss_is_the_squared_error(recipe):
     objective = build_objective(recipe("objective.learn_variance=false"))
     batch = torch.utils.data.default_collate(objective.samples.draw([0, 1], rngs(2)))
-    parts = objective.loss(batch)
-    assert set(parts) == {"loss", "mse"}
+    losses = objective.loss(batch)
+    assert set(losses.parts) == {"mse"}
     # A fresh model predicts zero, so the error is the power of the noise.
-    torch.testing.assert_close(parts["loss"], batch["noise"].square().mean())
+    torch.testing.assert_close(losses.per_sample, batch["noise"].square().mean((1, 2, 3)))
 
 
 def test_a_flow_is_trained_on_its_own_line_and_sampled_along_it(recipe, tmp_path):
@@ -96,8 +96,8 @@ def test_a_flow_is_trained_on_its_own_line_and_sampled_along_it(recipe, tmp_path
     batch = torch.utils.data.default_collate(objective.samples.draw(range(6), rngs(6)))
     assert batch["timestep"].min() >= 1
     # A fresh model predicts zero, so the error is the power of the flow.
-    power = (batch["noise"] - batch["latents"]).square().mean()
-    torch.testing.assert_close(objective.loss(batch)["loss"], power)
+    power = (batch["noise"] - batch["latents"]).square().mean((1, 2, 3))
+    torch.testing.assert_close(objective.loss(batch).per_sample, power)
     assert np.isfinite(objective.preview().figures["mse"])
     objective.export(tmp_path / "pipeline", None)
     pipeline = PixCellPipeline.from_pretrained(tmp_path / "pipeline")
@@ -137,8 +137,8 @@ def test_errors_of_clean_latents_can_be_counted_at_clean_steps(recipe):
     batch = torch.utils.data.default_collate(objectives[0].samples.draw([0, 1], rngs(2)))
     for timestep, equal in ((300, True), (100, False)):
         batch["timestep"] = torch.full((2,), timestep)
-        plain, clean = (objective.loss(batch)["mse"] for objective in objectives)
-        assert bool(plain == clean) is equal
+        plain, clean = (objective.loss(batch).parts["mse"] for objective in objectives)
+        assert torch.equal(plain, clean) is equal
 
 
 def test_the_export_is_a_pipeline_that_says_what_it_was_trained_on(recipe, tmp_path):

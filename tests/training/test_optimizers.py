@@ -1,4 +1,4 @@
-"""Rates over time, and averages of weights."""
+"""Rates over time, and the steps of optimisers."""
 
 import json
 
@@ -8,10 +8,9 @@ from torch import nn
 
 from golden_vectors import FOLDER, load, weights
 from pixcell.config import Config, parse_recipe
-from pixcell.errors import RecipeError, RunError
+from pixcell.errors import RecipeError
 from pixcell.training.optimizers import (
     AdamWConfig,
-    AveragedWeights,
     CameConfig,
     OptimizerConfig,
     learning_rate,
@@ -44,55 +43,9 @@ def test_a_cosine_ends_at_its_share():
     assert learning_rate(config, 100, 100) == pytest.approx(0.2)
 
 
-def test_the_average_follows_the_paper_formula_once_it_is_warm():
-    model = nn.Linear(2, 1, bias=False)
-    averages = AveragedWeights(model, decay=0.9)
-    expected = model.weight.detach().clone()
-    for step in range(200, 205):  # (1 + step) / (10 + step) is above 0.9 from step 80 on
-        with torch.no_grad():
-            model.weight += 1
-        averages.update(step)
-        expected = 0.9 * expected + 0.1 * model.weight.detach()
-    torch.testing.assert_close(averages.averages["weight"], expected)
-
-
-def test_the_first_average_has_forgotten_most_of_the_start():
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    averages = AveragedWeights(model, decay=0.9999)
-    nn.init.ones_(model.weight)
-    averages.update(0)
-    assert averages.averages["weight"].item() == pytest.approx(0.9)
-
-
-def test_weights_come_back_bit_for_bit_even_after_an_error():
-    model = nn.Linear(3, 3)
-    averages = AveragedWeights(model, decay=0.5)
-    with torch.no_grad():
-        model.weight += 1 / 3
-    before = model.weight.detach().clone()
-
-    def look_and_fail():
-        with averages.in_place():
-            assert torch.equal(model.weight, averages.averages["weight"])
-            assert torch.equal(averages.displaced["weight"], before)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        look_and_fail()
-    assert torch.equal(model.weight, before)
-    assert averages.displaced == {}
-
-
-def test_frozen_weights_are_neither_moved_nor_averaged():
+def test_frozen_weights_are_not_moved():
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
-    assert set(AveragedWeights(model, 0.9).averages) == {"0.weight", "0.bias"}
     assert len(make_optimizer(model, AdamWConfig()).param_groups[0]["params"]) == 2
-
-
-def test_averages_of_another_model_are_refused():
-    with pytest.raises(RunError, match="another model"):
-        AveragedWeights(nn.Linear(1, 1), 0.9).load({"weight": torch.zeros(1, 1)})
 
 
 @pytest.mark.parametrize("run", [0, 1])

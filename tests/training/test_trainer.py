@@ -15,9 +15,10 @@ from torch import nn
 from pixcell.errors import RecipeError, RunError
 from pixcell.training.checkpoints import Checkpoint
 from pixcell.training.metrics import read_metrics
-from pixcell.training.objectives import Objective, Preview
+from pixcell.training.objectives import Losses, Objective, Preview
 from pixcell.training.optimizers import AdamWConfig, CameConfig
-from pixcell.training.trainer import Trainer, TrainerConfig
+from pixcell.training.trainer import Trainer
+from pixcell.training.trainer_config import TrainerConfig
 
 
 class Points:
@@ -53,8 +54,8 @@ class Line:
         self.seen.append(list(batch["key"]))
         if self.on_loss:
             self.on_loss(len(self.seen))
-        loss = (self.trainable(batch["x"]) - batch["y"]).square().mean()
-        return {"loss": loss, "twice": 2 * loss}
+        per_sample = (self.trainable(batch["x"]) - batch["y"]).square().mean(1)
+        return Losses(per_sample, {"twice": 2 * per_sample})
 
     def preview(self):
         return Preview(np.zeros((8, 8, 3), np.uint8), {"slope": 1.0})

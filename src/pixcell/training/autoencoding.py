@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, UInt8
 from pydantic import Field
@@ -31,7 +30,7 @@ from pixcell.models.codec import to_uint8
 from pixcell.models.weights import weights_sha256
 from pixcell.provenance import environment
 from pixcell.training.determinism import Without
-from pixcell.training.objectives import Preview, picture_rows, spread_over
+from pixcell.training.objectives import Losses, Preview, picture_rows, spread_over
 
 __all__ = ["Autoencoding", "AutoencodingConfig", "ImageCrops"]
 
@@ -122,17 +121,18 @@ class Autoencoding:
         """Nothing is frozen here; held-out pictures follow at each preview."""
         self._device = device
 
-    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return ``loss``, and its parts ``pixels``, ``edges`` and ``kl``."""
+    def loss(self, batch: Mapping[str, Any]) -> Losses:
+        """Return each picture's loss, and its parts ``pixels``, ``edges`` and ``kl``."""
         images = _signed(batch["image"])
         posterior = self._encode(images)
         reconstruction = self._decode(posterior.mean + posterior.std * batch["noise"])
-        pixels = F.l1_loss(reconstruction, images)
-        edges = sum(F.l1_loss(reconstruction.diff(dim=side), images.diff(dim=side)) for side in (2, 3)) / 2
+        pixels = _error(reconstruction, images)
+        across, down = (_error(reconstruction.diff(dim=side), images.diff(dim=side)) for side in (3, 2))
+        edges = (across + down) / 2
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).mean(1)
         loss = pixels + self.config.edges * edges + self.config.kl * kl
-        return {"loss": loss, "pixels": pixels, "edges": edges, "kl": kl}
+        return Losses(loss, {"pixels": pixels, "edges": edges, "kl": kl})
 
     def _encode(self, images: Tensor) -> DiagonalGaussianDistribution:
         return self.trainable.encode(images, return_dict=False)[0]
@@ -179,3 +179,10 @@ class Autoencoding:
 def _signed(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
     """8-bit pictures to [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def _error(
+    values: Float[Tensor, "batch 3 height width"], truth: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, " batch"]:
+    """Mean absolute difference of each sample."""
+    return (values - truth).abs().flatten(1).mean(1)

@@ -32,7 +32,7 @@ from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.provenance import environment
 from pixcell.training.checkpoints import link_or_copy
 from pixcell.training.determinism import Without, rng_for
-from pixcell.training.objectives import Preview, picture_rows
+from pixcell.training.objectives import Losses, Preview, picture_rows
 
 __all__ = ["Denoising", "DenoisingConfig", "NoisyFields"]
 
@@ -172,8 +172,8 @@ class Denoising:
         """Bring the autoencoder along."""
         self.codec.vae.to(device)
 
-    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return ``loss``, and its parts ``mse`` and ``bound``."""
+    def loss(self, batch: Mapping[str, Any]) -> Losses:
+        """Return each sample's loss, and its parts ``mse`` and ``bound``."""
         conditioning = Conditioning(batch["embedding_grid"]).drop(batch["dropped"])
         noisy = self.schedule.add_noise(batch["latents"], batch["noise"], batch["timestep"])
         tokens = conditioning.tokens(self.trainable.unconditional_embedding, len(noisy))
@@ -190,8 +190,8 @@ class Denoising:
             self.config.target,
             self.config.clean_below,
         )
-        parts = {"loss": terms.loss.mean(), "mse": terms.mse.mean()}
-        return parts if terms.bound is None else {**parts, "bound": terms.bound.mean()}
+        parts = {"mse": terms.mse} if terms.bound is None else {"mse": terms.mse, "bound": terms.bound}
+        return Losses(terms.loss, parts, batch["timestep"].float() / self.schedule.num_timesteps)
 
     @torch.no_grad()
     def preview(self) -> Preview:
@@ -223,7 +223,7 @@ class Denoising:
             batch["dropped"] = torch.zeros(len(items), dtype=torch.bool, device=device)
             step = self.schedule.num_timesteps * (2 * place + 1) // (2 * len(places))
             batch["timestep"] = torch.full((len(items),), step, device=device)
-            total += float(self.loss(batch)["mse"]) / len(places)
+            total += float(self.loss(batch).parts["mse"].mean()) / len(places)
         return total
 
     def export(self, folder: Path, previous: Path | None) -> None:

@@ -12,13 +12,25 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-__all__ = ["Objective", "Preview", "Samples", "picture_rows", "spread_over"]
+__all__ = ["Losses", "Objective", "Preview", "Samples", "picture_rows", "spread_over"]
 
 _GAP, _CAPTION = 4, 18
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a batch, by sample: so that a stop rule can name the worst and figures can be binned."""
+
+    per_sample: Float[Tensor, " batch"]
+    """Float32. The trainer minimises the mean over the whole batch of a step."""
+    parts: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict)
+    """What the loss is made of, or other figures of each sample, for the log."""
+    times: Float[Tensor, " batch"] | None = None
+    """How noisy each sample was, from 0 (clean) to 1. None where there is no such thing."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,8 @@ class Objective(Protocol):
     def move_to(self, device: torch.device) -> None:
         """Bring frozen parts to where the training runs."""
 
-    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return ``loss`` and, under other names, its parts: scalars, means over the batch."""
+    def loss(self, batch: Mapping[str, Any]) -> Losses:
+        """Return the losses of collated samples."""
 
     def preview(self) -> Preview:
         """Look at the model as it is (the trainer puts the averages in place). Touch no global chance."""

@@ -1,20 +1,17 @@
-"""How weights move: the optimiser, its learning rate over time, and the running average of the weights."""
+"""How weights move: the optimiser, and its learning rate over time."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Discriminator, Field, Tag
-from torch import Tensor, nn
+from torch import nn
 
 from pixcell.config import Config
-from pixcell.errors import RunError
 
 __all__ = [
     "AdamWConfig",
-    "AveragedWeights",
     "CameConfig",
     "OptimizerConfig",
     "learning_rate",
@@ -126,59 +123,3 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * share)
-
-
-class AveragedWeights:
-    """Exponential moving average of a model's weights, in float32: what is sampled from.
-
-    ``average = decay * average + (1 - decay) * weight`` after every step, over parameters only (buffers are
-    constants here). Early on the decay is ``(1 + step) / (10 + step)`` where that is smaller, so that the
-    random start is forgotten: a run of a thousand steps at 0.999 would else be averaged with it.
-
-    Args:
-        model: Whose weights.
-        decay: Share that is kept each step.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.averages = {name: weight.detach().float().clone() for name, weight in self._weights.items()}
-        self.displaced: dict[str, Tensor] = {}
-        """The weights themselves, while the averages are in their place; else empty."""
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after step ``step`` (0 is the first)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [weight.detach().float() for weight in self._weights.values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put the averages into the model for the length of a block; the weights come back bit for bit."""
-        self.displaced = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        try:
-            self._fill(self.averages)
-            yield
-        finally:
-            self._fill(self.displaced)
-            self.displaced = {}
-
-    def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Go on from saved averages.
-
-        Raises:
-            RunError: If they are of another model.
-        """
-        if set(averages) != set(self.averages):
-            odd = sorted(set(averages) ^ set(self.averages))
-            raise RunError(f"the saved averages are of another model: {', '.join(odd[:3])} differ(s).")
-        with torch.no_grad():
-            for name, average in self.averages.items():
-                average.copy_(averages[name])
-
-    @torch.no_grad()
-    def _fill(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in self._weights.items():
-            weight.copy_(values[name])

@@ -30,7 +30,7 @@ from pixcell.training.checkpoints import Checkpoint
 from pixcell.training.denoising import Denoising, DenoisingConfig
 from pixcell.training.objectives import Objective, spread_over
 from pixcell.training.optimizers import AdamWConfig, OptimizerConfig
-from pixcell.training.trainer import TrainerConfig
+from pixcell.training.trainer_config import TrainerConfig
 
 __all__ = ["DataConfig", "TrainRecipe", "build_objective"]
 

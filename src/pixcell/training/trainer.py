@@ -8,7 +8,6 @@ GPUs and several processes add up in another order and agree within rounding.
 """
 
 import contextlib
-import json
 import math
 import signal
 import threading
@@ -16,60 +15,29 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, send_to_device
-from diffusers.models.modeling_utils import ModelMixin
-from pydantic import Field
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pixcell.config import Config
 from pixcell.console import console, progress
 from pixcell.errors import RecipeError, RunError
-from pixcell.files import write_json, writing_to
-from pixcell.models.weights import fit_weights
+from pixcell.files import writing_to
 from pixcell.provenance import save_synthetic_png
+from pixcell.training.averages import AveragedWeights
 from pixcell.training.checkpoints import Checkpoint, prune, remove_unfinished, write_checkpoint
 from pixcell.training.determinism import BatchPlan, SampleOrder, Ticket, rng_for
+from pixcell.training.engine import Engine
+from pixcell.training.figures import Window, sums_of
 from pixcell.training.metrics import MetricsLog
-from pixcell.training.objectives import Objective, Samples
-from pixcell.training.optimizers import AveragedWeights, OptimizerConfig, learning_rate, make_optimizer
+from pixcell.training.objectives import Losses, Objective, Samples
+from pixcell.training.optimizers import OptimizerConfig, learning_rate, make_optimizer
+from pixcell.training.run_state import RunState
+from pixcell.training.trainer_config import TrainerConfig
 
-__all__ = ["Outcome", "Trainer", "TrainerConfig"]
+__all__ = ["Outcome", "Trainer"]
 
-
-class TrainerConfig(Config):
-    """How long, how much at a time, how precisely, and what is kept."""
-
-    steps: int = Field(gt=0)
-    """Optimiser steps of the whole run."""
-    batch_size: int = Field(gt=0)
-    """Samples a step, over all processes and micro-batches."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Samples that pass through one device at once; gradients add up. None: its whole share of the batch."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of products inside the model (autocast). Weights, moments, averages and losses are float32."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """What float32 products may be rounded to: ``high`` permits TF32, ``medium`` bf16."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, about a third more time."""
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    checkpoint_every: int = Field(2000, gt=0)
-    """Steps between checkpoints; the last step always has one."""
-    keep_last: int = Field(3, gt=0)
-    """Checkpoints that are kept."""
-    log_every: int = Field(20, gt=0)
-    tensorboard: bool = True
-    workers: int = Field(0, ge=0)
-    """Loader processes; 0 prepares samples between steps. Does not change the run."""
-    device: Literal["auto", "cpu"] = "auto"
-    """``auto``: the accelerator that the launcher assigns, else the CPU."""
-    seed: int = Field(0, ge=0, lt=2**63)
+_TOLD = "told to stop"
 
 
 @dataclass(frozen=True)
@@ -108,23 +76,9 @@ class Trainer:
     ) -> None:
         self.objective, self.optimizer_config, self.config, self.run = objective, optimizer, config, run
         self.label = label or run.name
-        # The state is shared by all Accelerators of a process and refuses another precision; one program may
-        # train an autoencoder in bf16 and then a denoiser in fp32.
-        AcceleratorState._reset_state()
-        self.accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
-        )
+        self.engine = Engine(objective, lambda model: make_optimizer(model, optimizer), config)
         self.order = self._order()
-        if config.gradient_checkpointing:
-            _enable_gradient_checkpointing(objective.trainable)
-        objective.trainable.train()
-        objective.trainable.to(self.accelerator.device)
-        objective.move_to(self.accelerator.device)
         self.averages = AveragedWeights(objective.trainable, config.ema_decay)
-        self.model, self.optimizer = self.accelerator.prepare(
-            _LossOf(objective), make_optimizer(objective.trainable, optimizer)
-        )
         self.step, self.seconds = 0, 0.0
         self.last_checkpoint: Checkpoint | None = None
 
@@ -137,7 +91,7 @@ class Trainer:
             RunError: If the loss is not a finite number, or the checkpoint is damaged or of other data.
             OutputError: If the disk is full; the last checkpoint stays usable.
         """
-        if self.accelerator.is_main_process:
+        if self.engine.is_main:
             with writing_to(self.run):
                 self.run.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.run)
@@ -155,14 +109,14 @@ class Trainer:
         self, stop: "_StopSignals", metrics: "MetricsLog | None", advance: Callable[..., None]
     ) -> Outcome:
         config = self.config
-        window = _Window()
+        window = Window()
         loss = samples_per_s = note = None
         stopped = False
         for batches in self._steps():
             rate = learning_rate(self.optimizer_config, self.step, config.steps)
             started = time.monotonic()
-            parts, gradient_norm, stopped = self._take_step(batches, rate, stop)
-            window.add(parts, config.batch_size, time.monotonic() - started)
+            sums, gradient_norm, stopped = self._take_step(batches, rate, stop)
+            window.add(sums, time.monotonic() - started)
             self.seconds += time.monotonic() - started
             if self.step % config.log_every == 0 or self.step == config.steps:
                 figures = window.summary()
@@ -171,7 +125,7 @@ class Trainer:
                 figures["epoch"] = self.step * config.batch_size / self.order.num_samples
                 if metrics:
                     metrics.write(self.step, figures)
-                window = _Window()
+                window = Window()
                 speed = f"{samples_per_s:.1f} images/s"
                 note = f"loss {loss:.4f}, lr {rate:.2g}, gradient {gradient_norm:.2g}, {speed}"
             advance(1, note=note)
@@ -195,42 +149,31 @@ class Trainer:
     def _take_step(
         self, batches: Iterator[Mapping[str, Any]], rate: float, stop: "_StopSignals"
     ) -> tuple[dict[str, float], float, bool]:
-        """One optimiser step; return the mean of each loss part, the gradient's norm, and whether to stop."""
-        accelerator = self.accelerator
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        count = self._num_micro_batches
-        totals: dict[str, Tensor] = {}
+        """One optimiser step; return its figures' sums, the gradient's norm, and whether to stop."""
+        engine, count = self.engine, self._num_micro_batches
+        share = engine.num_processes / self.config.batch_size
+        losses: list[Losses] = []
         keys: list[str] = []
         for place in range(count):
-            batch = send_to_device(next(batches), accelerator.device)
+            batch = next(batches)
             keys += batch["key"]
-            last = place == count - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                parts = self.model(batch)
-                accelerator.backward(parts["loss"] / count)
-            for name, part in parts.items():
-                totals[name] = totals.get(name, 0.0) + part.detach().float() / count
+            losses.append(engine.forward_backward(batch, share, is_last=place == count - 1))
         # One exchange a step: the losses, and whether any process was told to stop (they must stop together).
-        told = torch.tensor(float(stop.requested > 0), device=accelerator.device)
-        *values, stopped = accelerator.reduce(torch.stack([*totals.values(), told]), "mean").tolist()
-        means = dict(zip(totals, values, strict=True))
-        self._check_finite("loss", means["loss"], keys)
-        clip = self.optimizer_config.clip_norm
-        norm = accelerator.clip_grad_norm_(self.objective.trainable.parameters(), clip or math.inf)
-        gradient_norm = float(norm)
-        if accelerator.scaler is None:  # under fp16 an overflow is met by the loss scale, not by stopping
+        told = torch.tensor(float(stop.requested > 0))
+        sums = engine.sums({**sums_of(losses), _TOLD: told})
+        stopped = sums.pop(_TOLD) > 0
+        self._check_finite("loss", sums["loss"], keys)
+        gradient_norm = engine.move_weights(rate, self.optimizer_config.clip_norm)
+        if not engine.has_loss_scale:  # under fp16 an overflow is met by the loss scale, not by stopping
             self._check_finite("gradient", gradient_norm, keys)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.averages.update(self.step)
         self.step += 1
-        return means, gradient_norm, stopped > 0
+        return sums, gradient_norm, stopped
 
     def _check_finite(self, what: str, value: float, keys: list[str]) -> None:
         if math.isfinite(value):
             return
-        keys = gather_object(keys)
+        keys = self.engine.lists(keys)
         kept = self.last_checkpoint
         way_out = f"The weights of step {kept.step} are kept in {kept.path}. " if kept else ""
         raise RunError(
@@ -243,7 +186,7 @@ class Trainer:
 
     def _order(self) -> SampleOrder:
         config, count = self.config, len(self.objective.samples)
-        world = self.accelerator.num_processes
+        world = self.engine.num_processes
         if count < config.batch_size:
             raise RecipeError(
                 f"there are {count} samples, fewer than one batch of {config.batch_size}: "
@@ -264,18 +207,18 @@ class Trainer:
         plan = BatchPlan(
             self.order,
             batch_size=config.batch_size,
-            micro_batch_size=config.batch_size // self.accelerator.num_processes // self._num_micro_batches,
+            micro_batch_size=config.batch_size // self.engine.num_processes // self._num_micro_batches,
             first_step=self.step,
             last_step=config.steps,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            rank=self.engine.process_index,
+            world=self.engine.num_processes,
         )
         batches = iter(
             DataLoader(
                 _Drawn(self.objective.samples, config.seed),
                 batch_sampler=plan,
                 num_workers=config.workers,
-                pin_memory=self.accelerator.device.type == "cuda",
+                pin_memory=self.engine.device.type == "cuda",
                 # DataLoader draws a seed for its workers; from here, not from the process's own chance.
                 generator=torch.Generator().manual_seed(config.seed),
             )
@@ -286,111 +229,58 @@ class Trainer:
     # -- what it writes -----------------------------------------------------------------------------------
 
     def _metrics(self) -> "contextlib.AbstractContextManager[MetricsLog | None]":
-        if not self.accelerator.is_main_process:
+        if not self.engine.is_main:
             return contextlib.nullcontext()
         return MetricsLog(self.run, self.step, self.config.tensorboard)
 
     def _save(self, metrics: MetricsLog | None) -> None:
         """Write a checkpoint of the step just taken, and a preview beside the run."""
-        if self.accelerator.is_main_process:
+        state = RunState.gather(self.engine, self.averages, self.step, self.seconds, self._data_facts())
+        if self.engine.is_main:
             previous = self.last_checkpoint
-            with self.averages.in_place():
-                self.objective.trainable.eval()
-                preview = self.objective.preview()
-                path = self.run / "previews" / f"step-{self.step:08d}.png"
-                record = {
-                    "preview_of": self.run.name,
-                    "step": self.step,
-                    "note": "rows of real tissue are captioned so",
-                }
-                save_synthetic_png(path, preview.picture, record)
-                figures = {f"held_out/{name}": value for name, value in preview.figures.items()}
-                # Before the checkpoint: killed in between, the line is taken back and written again.
-                if metrics:
-                    metrics.write(self.step, figures)
-                    metrics.write_picture(self.step, "preview", preview.picture)
+            with self.engine.holding(state.averages):
+                figures = self._preview(metrics)
+
+                def write(folder: Path) -> None:
+                    self.objective.export(folder / "pipeline", previous.pipeline if previous else None)
+                    state.write(folder / "state")
+
                 self.last_checkpoint = write_checkpoint(
-                    self.run,
-                    self.step,
-                    lambda folder: self._write(folder, previous.pipeline if previous else None),
-                    {"run": self.run.name, **figures},
+                    self.run, self.step, write, {"run": self.run.name, **figures}
                 )
-                self.objective.trainable.train()
             prune(self.run, self.config.keep_last)
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
+        self.engine.wait_for_everyone()
+        if not self.engine.is_main:
             self.last_checkpoint = Checkpoint.last(self.run)
 
-    def _write(self, folder: Path, previous: Path | None) -> None:
-        """Fill a checkpoint folder. Called with the averages in place."""
-        self.objective.export(folder / "pipeline", previous)
-        state = folder / "state"
-        state.mkdir()
-        save_file(self.averages.averages, state / "averages.safetensors")
-        weights = {**self.objective.trainable.state_dict(), **self.averages.displaced}
-        save_file(
-            {name: value.contiguous() for name, value in weights.items()}, state / "weights.safetensors"
-        )
-        scaler = self.accelerator.scaler
-        torch.save(
-            {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            },
-            state / "optimizer.pt",
-        )
-        write_json(
-            state / "progress.json",
-            {"step": self.step, "seconds": self.seconds, "data": self._data_facts()},
-        )
+    def _preview(self, metrics: MetricsLog | None) -> dict[str, float]:
+        """Write a picture of the model as it is; return the figures that go with it."""
+        preview = self.objective.preview()
+        record = {
+            "preview_of": self.run.name,
+            "step": self.step,
+            "note": "rows of real tissue are captioned so",
+        }
+        save_synthetic_png(self.run / "previews" / f"step-{self.step:08d}.png", preview.picture, record)
+        figures = {f"held_out/{name}": value for name, value in preview.figures.items()}
+        # Before the checkpoint: killed in between, the line is taken back and written again.
+        if metrics:
+            metrics.write(self.step, figures)
+            metrics.write_picture(self.step, "preview", preview.picture)
+        return figures
 
     def _resume(self) -> None:
         checkpoint = Checkpoint.last(self.run)
         if checkpoint is None:
             return
-        checkpoint.verify()
-        kept = json.loads((checkpoint.state / "progress.json").read_text(encoding="utf-8"))
-        differences = _differences(kept["data"], json.loads(json.dumps(self._data_facts())))
-        if differences:
-            raise RunError(
-                f"{self.run} cannot go on: its data are not those it began with ({'; '.join(differences)}). "
-                "Choose another folder with --run to train on the new data."
-            )
-        fit_weights(
-            self.objective.trainable,
-            load_file(checkpoint.state / "weights.safetensors"),
-            str(checkpoint.state),
-        )
-        self.averages.load(load_file(checkpoint.state / "averages.safetensors"))
-        state = torch.load(checkpoint.state / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.last_checkpoint = kept["step"], kept["seconds"], checkpoint
+        state = RunState.read(checkpoint)
+        state.must_be_of(self._data_facts(), self.run)
+        state.restore(self.engine, self.averages, str(checkpoint.state))
+        self.step, self.seconds, self.last_checkpoint = state.step, state.seconds, checkpoint
         console.print(f"{self.run} goes on from step {self.step} of {self.config.steps}.", markup=False)
 
     def _data_facts(self) -> dict[str, Any]:
         return {"num_samples": self.order.num_samples, **self.objective.facts}
-
-
-def _enable_gradient_checkpointing(model: nn.Module) -> None:
-    if not isinstance(model, ModelMixin) or not model._supports_gradient_checkpointing:
-        raise RecipeError(
-            f"trainer.gradient_checkpointing is not possible for {type(model).__name__}: set it to false."
-        )
-    model.enable_gradient_checkpointing()
-
-
-class _LossOf(nn.Module):
-    """The loss as a module's forward: the form in which launchers wrap a model."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.trainable = objective.trainable
-        self._loss = objective.loss
-
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return self._loss(batch)
 
 
 class _Drawn(Dataset[dict[str, Any]]):
@@ -406,25 +296,6 @@ class _Drawn(Dataset[dict[str, Any]]):
 
     def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
         return self.__getitems__([ticket])[0]
-
-
-class _Window:
-    """Figures since the last log line. Checkpoints and previews are no training time."""
-
-    def __init__(self) -> None:
-        self.steps, self.samples, self.seconds = 0, 0, 0.0
-        self.totals: dict[str, float] = {}
-
-    def add(self, parts: Mapping[str, float], samples: int, seconds: float) -> None:
-        self.steps += 1
-        self.samples += samples
-        self.seconds += seconds
-        for name, part in parts.items():
-            self.totals[name] = self.totals.get(name, 0.0) + part
-
-    def summary(self) -> dict[str, float]:
-        means = {name: total / self.steps for name, total in self.totals.items()}
-        return {**means, "samples_per_s": self.samples / max(self.seconds, 1e-9)}
 
 
 class _StopSignals:
@@ -456,15 +327,3 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Say which values differ between two nested mappings."""
-    found = []
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name} was {old!r} and is {new!r}")
-    return found
