@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from pixcell.config import Config
+from pixcell.training.metrics import WandbConfig
 
 __all__ = ["TrainerConfig"]
 
@@ -31,6 +32,8 @@ class TrainerConfig(Config):
     """Checkpoints that are kept."""
     log_every: int = Field(20, gt=0)
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    """Show the run at Weights & Biases, too: ``{project: ...}``."""
     workers: int = Field(0, ge=0)
     """Loader processes; 0 prepares samples between steps. Does not change the run."""
     device: Literal["auto", "cpu"] = "auto"
