@@ -185,7 +185,7 @@ def test_the_published_stages_have_the_values_of_the_paper(name, steps, batch, s
         0.03,
         "constant",
     )
-    assert (recipe.objective.drop_conditioning, recipe.trainer.ema_decay) == (0.1, 0.9999)
+    assert (recipe.objective.drop_conditioning, recipe.trainer.ema_decays) == (0.1, (0.9999,))
     model = recipe.model
     assert (model.num_layers, model.num_attention_heads, model.attention_head_dim, model.patch_size) == (
         28,

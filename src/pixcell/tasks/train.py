@@ -32,6 +32,7 @@ __all__ = ["TrainResult", "train"]
 _FREE = {
     "name",
     "trainer.keep_last",
+    "trainer.keep_every",
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.tensorboard",

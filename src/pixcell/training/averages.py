@@ -1,9 +1,14 @@
-"""The running average of the weights: what is sampled from."""
+"""Running averages of the weights: what is sampled from.
 
-from collections.abc import Mapping
+One is usual; several of different lengths cost four bytes a weight and decay each, and let the best be chosen
+afterwards instead of trained for.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pixcell.errors import RunError
 
@@ -11,38 +16,58 @@ __all__ = ["AveragedWeights"]
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's weights, in float32: what is sampled from.
+    """Exponential moving averages of a model's weights, in float32.
 
     ``average = decay * average + (1 - decay) * weight`` after every step, over parameters only (buffers are
     constants here). Early on the decay is ``(1 + step) / (10 + step)`` where that is smaller, so that the
     random start is forgotten: a run of a thousand steps at 0.999 would else be averaged with it.
 
     Args:
-        model: Whose weights.
-        decay: Share that is kept each step.
+        model: Whose weights. Where they are spread over processes, so are the averages.
+        decays: Share that each average keeps of itself every step.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
+        self.decays = tuple(decays)
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.averages = {name: weight.detach().float().clone() for name, weight in self._weights.items()}
+        self.averages: tuple[dict[str, Tensor], ...] = tuple(
+            {name: weight.detach().float().clone() for name, weight in self._weights.items()}
+            for _ in self.decays
+        )
+        """By decay, in their order; by the name of the weight."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after step ``step`` (0 is the first)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [weight.detach().float() for weight in self._weights.values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        weights = [_here(weight).float() for weight in self._weights.values()]
+        for decay, averages in zip(self.decays, self.averages, strict=True):
+            kept = min(decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_([_here(average) for average in averages.values()], weights, 1 - kept)
 
-    def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Go on from saved averages.
+    def load(self, saved: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on from saved averages, whole ones, in the order of the decays.
 
         Raises:
-            RunError: If they are of another model.
+            RunError: If they are of another model, or their number is another.
         """
-        if set(averages) != set(self.averages):
-            odd = sorted(set(averages) ^ set(self.averages))
-            raise RunError(f"the saved averages are of another model: {', '.join(odd[:3])} differ(s).")
-        with torch.no_grad():
-            for name, average in self.averages.items():
-                average.copy_(averages[name])
+        if len(saved) != len(self.averages):
+            raise RunError(f"{len(saved)} averages were saved, and there are {len(self.averages)} decays.")
+        for averages, values in zip(self.averages, saved, strict=True):
+            if odd := sorted(set(averages) ^ set(values)):
+                raise RunError(f"the saved averages are of another model: {', '.join(odd[:3])} differ(s).")
+            for name, average in averages.items():
+                _fill(average, values[name])
+
+
+def _here(weight: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: the whole, unless it is spread over processes."""
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+@torch.no_grad()
+def _fill(average: Tensor, whole: Tensor) -> None:
+    if isinstance(average, DTensor):
+        mesh = average.device_mesh
+        whole = distribute_tensor(whole.to(mesh.device_type), mesh, average.placements)
+    average.copy_(whole)

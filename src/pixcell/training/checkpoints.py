@@ -1,4 +1,4 @@
-"""Checkpoints: whole, verified, and few.
+"""Checkpoints: whole, verified on load, and as few as the rule says.
 
     runs/<name>/checkpoints/step-00002000/
     ├── checkpoint.json     step, facts, and the SHA-256 of every other file
@@ -7,6 +7,8 @@
 
 A checkpoint is written beside its place, synced file by file, and renamed. So a folder named ``step-…`` is
 complete; a process killed while writing leaves only a temporary folder, which the next start removes.
+
+The rule: the last few are kept, to go on from; and every so many steps one for good, to look back at.
 """
 
 import contextlib
@@ -112,7 +114,13 @@ class Checkpoint:
             if not file.is_file():
                 raise RunError(f"{file} is missing. {_way_out(self.path)}")
             if sha256_of(file) != digest:
-                raise RunError(f"{file} is not what was written: its checksum differs. {_way_out(self.path)}")
+                way_out = _way_out(self.path)
+                if file.stat().st_nlink > 1:
+                    way_out = (
+                        "Other checkpoints share this file, for it belongs to a frozen part: put back the "
+                        f"original, in place (SHA-256 {digest})."
+                    )
+                raise RunError(f"{file} is not what was written: its checksum differs. {way_out}")
 
 
 def write_checkpoint(
@@ -144,6 +152,8 @@ def write_checkpoint(
             write_json(unfinished / _FACTS, content)
             for folder in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
                 _sync(folder)
+            for folder in (run, place.parent):  # made by the first checkpoint
+                _sync(folder)
             if place.exists():  # written by hand, or by a run that was set back: the new one counts
                 _discard(place)
             unfinished.rename(place)
@@ -153,12 +163,19 @@ def write_checkpoint(
     return Checkpoint(place, content)
 
 
-def prune(run: Path, keep_last: int) -> list[Path]:
-    """Delete all but the last checkpoints; return those deleted."""
+def prune(run: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
+    """Delete the checkpoints that the rule does not keep; return those deleted.
+
+    Args:
+        run: The run folder.
+        keep_last: How many of the last are kept.
+        keep_every: Checkpoints at multiples of so many steps are kept for good. None: of none.
+    """
     old = _complete(run)[:-keep_last]
-    for place in old:
+    places = [place for place in old if keep_every is None or _step_of(place) % keep_every]
+    for place in places:
         _discard(place)
-    return old
+    return places
 
 
 def remove_unfinished(run: Path) -> None:
@@ -218,7 +235,11 @@ def _link_or_copy_file(source: str, target: str) -> None:
 def _complete(run: Path) -> list[Path]:
     """The finished checkpoints of a run, in order of their steps."""
     found = (path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(place: Path) -> int:
+    return int(place.name.removeprefix("step-"))
 
 
 def _discard(place: Path) -> None:
@@ -253,4 +274,9 @@ def _full_disk_is_an_output_error(place: Path) -> Iterator[None]:
 
 
 def _way_out(path: Path) -> str:
-    return f"Delete {path} to go on from the checkpoint before it."
+    if not _NAME.fullmatch(path.name):
+        return "Copy it again from its run."
+    before = [place for place in _complete(path.parent.parent) if _step_of(place) < _step_of(path)]
+    if before:
+        return f"Delete {path} to go on from the checkpoint before it, {before[-1].name}."
+    return f"Delete {path} to begin the run anew; there is no checkpoint before it."

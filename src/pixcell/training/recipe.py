@@ -24,12 +24,13 @@ from pixcell.errors import ModelError, RecipeError
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.codec import LatentCodec
 from pixcell.models.transformer import PixCellTransformer2DModel
-from pixcell.models.weights import fit_weights, read_weights
+from pixcell.models.weights import fit_weights
 from pixcell.training.autoencoding import Autoencoding, AutoencodingConfig
 from pixcell.training.checkpoints import Checkpoint
 from pixcell.training.denoising import Denoising, DenoisingConfig
 from pixcell.training.objectives import Objective, spread_over
 from pixcell.training.optimizers import AdamWConfig, OptimizerConfig
+from pixcell.training.run_state import WeightsChoice, weights_of
 from pixcell.training.trainer_config import TrainerConfig
 
 __all__ = ["DataConfig", "TrainRecipe", "build_objective"]
@@ -78,8 +79,9 @@ class TransformerConfig(Config):
     name: Literal["transformer"]
     init: Path | None = None
     """Run, checkpoint or pipeline to start from, grown to the new size. None: from scratch."""
-    init_weights: Literal["trained", "averaged"] = "trained"
-    """Of a run or checkpoint: the weights themselves, as the published stages do, or their average."""
+    init_weights: WeightsChoice = "trained"
+    """Of a run or checkpoint: the weights themselves (``trained``), as the published stages do, their average
+    (``averaged``), or that of another decay the run kept (``averaged-0.999``)."""
     num_layers: int = Field(28, gt=0)
     num_attention_heads: int = Field(16, gt=0)
     attention_head_dim: int = Field(72, gt=0)
@@ -220,18 +222,24 @@ def _transformer(
 
 def _initial(place: Path, weights: str) -> tuple[PixCellTransformer2DModel, Mapping[str, Any]]:
     """Load the transformer of a run, checkpoint or pipeline folder, and the facts beside it."""
-    folder, state = place, None
+    folder, checkpoint = place, None
     if not (place / "transformer").is_dir():
         checkpoint = Checkpoint.find(place)
-        checkpoint.verify()
-        folder, state = checkpoint.pipeline, checkpoint.state / "weights.safetensors"
+        checkpoint.verify("pipeline")
+        folder = checkpoint.pipeline
+    elif weights not in ("trained", "averaged"):
+        raise ModelError(
+            f"model.init {place} is a pipeline, which holds one set of weights; {weights!r} can be taken "
+            "from a run or checkpoint. Give that, or leave out model.init_weights."
+        )
     if not (folder / "transformer" / "config.json").is_file():
         raise ModelError(
             f"model.init {place} holds no transformer: give a run that trained one, or a pipeline folder."
         )
     transformer = load_transformer(folder / "transformer")
-    if state is not None and weights == "trained":
-        fit_weights(transformer, read_weights(state), str(state))
+    if checkpoint is not None and weights != "averaged":
+        names = transformer.state_dict()
+        fit_weights(transformer, weights_of(checkpoint, weights, names), str(checkpoint.state))
     facts = folder / "pixcell.json"
     return transformer, json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
 

@@ -78,7 +78,7 @@ class Trainer:
         self.label = label or run.name
         self.engine = Engine(objective, lambda model: make_optimizer(model, optimizer), config)
         self.order = self._order()
-        self.averages = AveragedWeights(objective.trainable, config.ema_decay)
+        self.averages = AveragedWeights(objective.trainable, config.ema_decays)
         self.step, self.seconds = 0, 0.0
         self.last_checkpoint: Checkpoint | None = None
 
@@ -238,7 +238,7 @@ class Trainer:
         state = RunState.gather(self.engine, self.averages, self.step, self.seconds, self._data_facts())
         if self.engine.is_main:
             previous = self.last_checkpoint
-            with self.engine.holding(state.averages):
+            with self.engine.holding(state.averages[0]):
                 figures = self._preview(metrics)
 
                 def write(folder: Path) -> None:
@@ -248,7 +248,7 @@ class Trainer:
                 self.last_checkpoint = write_checkpoint(
                     self.run, self.step, write, {"run": self.run.name, **figures}
                 )
-            prune(self.run, self.config.keep_last)
+            prune(self.run, self.config.keep_last, self.config.keep_every)
         self.engine.wait_for_everyone()
         if not self.engine.is_main:
             self.last_checkpoint = Checkpoint.last(self.run)

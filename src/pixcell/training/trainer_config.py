@@ -1,8 +1,9 @@
 """What a recipe says about the loop itself: how long, how much at a time, how precisely, and what is kept."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pixcell.config import Config
 from pixcell.training.metrics import WandbConfig
@@ -25,11 +26,15 @@ class TrainerConfig(Config):
     """What float32 products may be rounded to: ``high`` permits TF32, ``medium`` bf16."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third more time."""
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.9999,), min_length=1)
+    """Of the running averages of the weights. The first is what previews, ``pipeline/`` and figures show; the
+    others are there to choose from later. ``ema_decay: 0.9999`` is short for one."""
     checkpoint_every: int = Field(2000, gt=0)
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = Field(3, gt=0)
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept, counted from the end."""
+    keep_every: int | None = Field(None, gt=0)
+    """Of the others, those at multiples of so many steps are kept too. None: none of them."""
     log_every: int = Field(20, gt=0)
     tensorboard: bool = True
     wandb: WandbConfig | None = None
@@ -39,3 +44,26 @@ class TrainerConfig(Config):
     device: Literal["auto", "cpu"] = "auto"
     """``auto``: the accelerator that the launcher assigns, else the CPU."""
     seed: int = Field(0, ge=0, lt=2**63)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_decay_is_a_list_of_one(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or "ema_decay" not in content:
+            return content
+        if "ema_decays" in content:
+            raise ValueError("ema_decay and ema_decays are two ways of saying one thing; give one of them")
+        return {
+            "ema_decays": [content["ema_decay"]],
+            **{key: value for key, value in content.items() if key != "ema_decay"},
+        }
+
+    @model_validator(mode="after")
+    def _averages_and_checkpoints_can_be_told_apart(self) -> Self:
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decays {list(self.ema_decays)} names one decay twice")
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}: "
+                "most of what it is to keep would never be written"
+            )
+        return self
