@@ -16,6 +16,7 @@ Mistakes of a programmer stay ``ValueError`` and ``TypeError``.
     │   ├── StoreMismatch       made with other settings than asked for
     │   ├── MissingColumn       something was not encoded yet
     │   └── CorruptShard        bytes are not what was written
+    │       └── UnreadableTile  one tile that cannot be read
     ├── ModelError              weights, architectures, encoders
     │   ├── MissingWeights      not on disk, gated, or not asked for by name
     │   └── WrongWeights        names or shapes do not fit
@@ -47,6 +48,7 @@ __all__ = [
     "StoreMismatch",
     "UnknownResolution",
     "UnreadableSlide",
+    "UnreadableTile",
     "WrongWeights",
     "listed",
 ]
@@ -133,6 +135,19 @@ class MissingColumn(StoreError):
 
 class CorruptShard(StoreError):
     """A shard's bytes are not the ones that were written."""
+
+
+class UnreadableTile(CorruptShard):
+    """One tile cannot be read; the others of its slide may well be."""
+
+    def __init__(self, slide_id: str, tile: int, x: int, y: int, reason: str) -> None:
+        """Name the slide, the tile's row in it and its place in level-0 pixels, and why."""
+        super().__init__(f"tile {tile} of slide {slide_id!r}, at x={x}, y={y}, cannot be read: {reason}")
+        self.slide_id, self.tile, self.x, self.y, self.reason = slide_id, tile, x, y, reason
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Errors travel between processes; the default pickling keeps only the message."""
+        return type(self), (self.slide_id, self.tile, self.x, self.y, self.reason)
 
 
 class ModelError(PixCellError):

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pixcell.training.determinism import BatchPlan, SampleOrder, Without, rng_for
+from pixcell.training.determinism import BatchPlan, Without, rng_for
+from pixcell.training.order import SampleOrder
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000])

@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_way_out(tmp_path):
 
 def first_seed_with(index, step):
     """A seed whose order meets a sample first at the given step."""
-    from pixcell.training.determinism import SampleOrder
+    from pixcell.training.order import SampleOrder
 
     for seed in range(1000):
         order = SampleOrder(20, seed)

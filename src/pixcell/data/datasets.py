@@ -5,9 +5,12 @@ embedding grids of whole tiles, so a tile is encoded once whatever size is train
 are counted in row-major order.
 """
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,10 +22,21 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pixcell.data.index import tiles_where
 from pixcell.data.sealed import OpenFiles
-from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch, listed
+from pixcell.errors import (
+    CorruptShard,
+    MissingColumn,
+    StoreError,
+    StoreMismatch,
+    UnreadableTile,
+    listed,
+)
 from pixcell.geometry import Box
 
-__all__ = ["FieldDataset", "TileColumn", "TileImages", "TileSource"]
+__all__ = ["BlockSource", "FieldDataset", "TileColumn", "TileImages", "TileSource"]
+
+# What the machine lacks, and not a tile: another tile would fail as well.
+_NOT_OF_A_TILE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_BLOCK = "block of the row"  # no attribute is called so
 
 
 @runtime_checkable
@@ -86,6 +100,17 @@ class TileSource(Protocol):
         """Open the images of a slide."""
 
 
+@runtime_checkable
+class BlockSource(TileSource, Protocol):
+    """A source that is read in large pieces, such as shards fetched whole."""
+
+    def blocks(self) -> np.ndarray:
+        """Return for each row of the index the number of the block it is read with.
+
+        Rows of one block stand together in the index.
+        """
+
+
 class FieldDataset(Dataset[dict[str, Any]]):
     """Fields of tiles, with the latents, embeddings and pixels under them.
 
@@ -98,6 +123,11 @@ class FieldDataset(Dataset[dict[str, Any]]):
 
     It holds what was asked for, in the stored dtype. Batches are read in the order in which they lie on disk.
     Pickles; survives forks; opens a bounded number of files.
+
+    Attributes:
+        parts: The fields of each source, as ranges of indices.
+        groups: The fields of each value of ``group_by``, as ranges of indices; None is for tiles without one.
+            Empty without ``group_by``.
     """
 
     def __init__(
@@ -109,6 +139,7 @@ class FieldDataset(Dataset[dict[str, Any]]):
         embeddings: str | None = None,
         images: bool = False,
         where: Mapping[str, Sequence[str]] | None = None,
+        group_by: str | None = None,
     ) -> None:
         """Choose tiles and columns.
 
@@ -120,6 +151,8 @@ class FieldDataset(Dataset[dict[str, Any]]):
             images: Whether to decode pixels.
             where: Attributes of tiles to take, such as ``{"split": ["train"]}``; all must hold. ``slide_id``
                 counts as one.
+            group_by: Attribute of tiles. Within a source, tiles with the same value then stand together;
+                else they stand as in its index.
 
         Raises:
             MissingColumn: If a column is not there, or not complete for the chosen tiles.
@@ -132,11 +165,29 @@ class FieldDataset(Dataset[dict[str, Any]]):
         if not sources:
             raise StoreError("no tile store was given.")
         self.size, self.images = size, images
-        self._parts = [_Part(one, size, latents, embeddings, images, where or {}) for one in sources]
+        self._parts = [
+            _Part(one, size, latents, embeddings, images, where or {}, group_by) for one in sources
+        ]
         first = self._parts[0]
         for part in self._parts[1:]:
             part.must_equal(first)
         self._starts = np.cumsum([0] + [len(part) for part in self._parts])
+        self.parts = [range(start, end) for start, end in pairwise(self._starts.tolist())]
+        self.groups = self._groups(group_by) if group_by else {}
+
+    def _groups(self, attribute: str) -> dict[str | None, list[range]]:
+        known = sorted({name for part in self._parts for name in part.attributes})
+        if attribute not in known:
+            near = get_close_matches(attribute, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Attributes: {listed(known)}."
+            raise StoreError(f"no tile of the store has an attribute {attribute!r}.{hint}")
+        groups: dict[str | None, list[range]] = {}
+        for start, part in zip(self._starts.tolist(), self._parts, strict=False):
+            each = part.fields_per_tile
+            for value, tiles in part.groups.items():
+                fields = range(start + tiles.start * each, start + tiles.stop * each)
+                groups.setdefault(value, []).append(fields)
+        return groups
 
     @property
     def mpp(self) -> float:
@@ -153,6 +204,24 @@ class FieldDataset(Dataset[dict[str, Any]]):
         """Number of tiles the fields are cut from."""
         return sum(len(part.tile) for part in self._parts)
 
+    @property
+    def is_read_in_blocks(self) -> bool:
+        """Whether one of the sources is a :class:`BlockSource`."""
+        return any(isinstance(part.source, BlockSource) for part in self._parts)
+
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return first index and number of fields of each block that is best read at one time.
+
+        Of a source that is no :class:`BlockSource`, the tiles of a slide are a block. Tiles of one block that
+        belong to two groups count as two blocks.
+        """
+        starts, sizes = [], []
+        for start, part in zip(self._starts.tolist(), self._parts, strict=False):
+            first = np.append(part.block_starts, len(part.tile)) * part.fields_per_tile
+            starts.append(start + first[:-1])
+            sizes.append(np.diff(first))
+        return np.concatenate(starts), np.concatenate(sizes)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -160,13 +229,25 @@ class FieldDataset(Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Read a batch; the torch loader calls this when it is there."""
+        """Read a batch; the torch loader calls this when it is there.
+
+        Raises:
+            UnreadableTile: At the first tile whose bytes cannot be read or do not decode.
+        """
         places = [self._place(int(index)) for index in indices]
         tensors = self._parts[0].empty_batch(len(places), self.size, self.images)
         arrays = {kind: tensor.numpy() for kind, tensor in tensors.items()}
         for row in sorted(range(len(places)), key=places.__getitem__):
             number, tile, field = places[row]
-            self._parts[number].read_into(arrays, row, tile, field)
+            part = self._parts[number]
+            try:
+                part.read_into(arrays, row, tile, field)
+            except CorruptShard as error:
+                raise part.unreadable(tile, str(error)) from error
+            except OSError as error:
+                if error.errno in _NOT_OF_A_TILE:
+                    raise
+                raise part.unreadable(tile, f"{error}.") from error
         batch: dict[str, Any] = {}
         for kind, values in tensors.items():
             if kind == "latents":
@@ -235,7 +316,13 @@ class _Cut:
 
 
 class _Part:
-    """The chosen tiles of one source. Holds 24 bytes per tile, so that memory stays small at any size."""
+    """The chosen tiles of one source. Holds 24 bytes per tile, so that memory stays small at any size.
+
+    Attributes:
+        groups: Its tiles by value of the attribute they are grouped by: ranges of rows.
+        block_starts: First row of each block.
+        attributes: Names that could be grouped by.
+    """
 
     def __init__(
         self,
@@ -245,6 +332,7 @@ class _Part:
         embeddings: str | None,
         images: bool,
         where: Mapping[str, Sequence[str]],
+        group_by: str | None,
     ) -> None:
         if size <= 0 or source.tile_size % size:
             raise StoreMismatch(
@@ -256,11 +344,21 @@ class _Part:
         self.fields_per_tile = self.fields_per_side**2
         names = {"latents": latents, "embeddings": embeddings}
         self._cuts = {kind: self._cut(kind, name, size) for kind, name in names.items() if name}
-        rows = tiles_where(source.index(), where)
+        index = source.index()
+        if isinstance(source, BlockSource):
+            index = index.append_column(_BLOCK, pa.array(np.asarray(source.blocks(), np.int64)))
+        rows = tiles_where(index, where)
+        self.attributes = [one.name for one in rows.schema if one.type in (pa.string(), pa.large_string())]
+        rows, self.groups = _grouped(rows, group_by if group_by in self.attributes else None)
         self.slide_ids: list[str] = pc.unique(rows["slide_id"]).to_pylist()
         self._complete_in(names)
         self.slide = pc.index_in(rows["slide_id"], pa.array(self.slide_ids, rows["slide_id"].type)).to_numpy()
         self.tile, self.x, self.y = (rows[key].to_numpy() for key in ("tile", "x", "y"))
+        together = rows[_BLOCK].to_numpy() if _BLOCK in rows.column_names else self.slide
+        firsts = {0, *(np.flatnonzero(np.diff(together)) + 1).tolist()}
+        self.block_starts = np.array(
+            sorted(firsts | {tiles.start for tiles in self.groups.values()}), np.int64
+        )
         self._images = OpenFiles(source.images, limit=16)
 
     def __len__(self) -> int:
@@ -343,9 +441,28 @@ class _Part:
         size = side // self.fields_per_side
         return image[row * size : (row + 1) * size, column * size : (column + 1) * size].transpose(2, 0, 1)
 
+    def unreadable(self, tile: int, reason: str) -> UnreadableTile:
+        slide_id, row = self.slide_ids[self.slide[tile]], int(self.tile[tile])
+        return UnreadableTile(slide_id, row, int(self.x[tile]), int(self.y[tile]), reason)
+
     def key(self, tile: int, field: int) -> str:
         row, column = divmod(field, self.fields_per_side)
         return f"{self.slide_ids[self.slide[tile]]}/{self.x[tile]}_{self.y[tile]}/{row}_{column}"
+
+
+def _grouped(rows: pa.Table, attribute: str | None) -> tuple[pa.Table, dict[str | None, range]]:
+    """Put rows with the same value together, else in the order they had; say where each value stands."""
+    if attribute is None:
+        return rows, {None: range(len(rows))}
+    values = sorted(pc.unique(rows[attribute]).drop_null().to_pylist())
+    codes = pc.index_in(rows[attribute], pa.array(values, rows[attribute].type)).fill_null(-1).to_numpy()
+    order = np.argsort(codes, kind="stable")
+    ends = np.searchsorted(codes[order], np.arange(-1, len(values)), side="right").tolist()
+    named = zip([None, *values], pairwise([0, *ends]), strict=True)
+    groups = {value: range(start, end) for value, (start, end) in named if start < end}
+    if not np.array_equal(order, np.arange(len(rows))):
+        rows = rows.take(pa.array(order))
+    return rows, groups
 
 
 def _divisors(number: int) -> list[int]:

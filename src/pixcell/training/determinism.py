@@ -2,24 +2,23 @@
 
 ``position`` is the place of a sample in the total batch of a step. Whatever is random about a sample (its
 crop, flip, dropout, time and noise) is drawn from ``rng_for(seed, step, position)``, and which sample stands
-there from ``SampleOrder``. So a run that was killed goes on bit for bit, and the same samples come in the
-same order on any number of processes, with any number of loader workers.
+there from an order (:mod:`pixcell.training.order`). So a run that was killed goes on bit for bit, and the
+same samples come in the same order on any number of processes, with any number of loader workers.
 """
 
 import hashlib
 import struct
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["BatchPlan", "SampleOrder", "Ticket", "Without", "rng_for"]
+__all__ = ["BatchPlan", "Order", "Ticket", "Without", "rng_for"]
 
 Ticket = tuple[int, int, int]
 """Index of a sample, and the step and position it is needed for."""
-
-_ROUNDS = 6
 
 
 def rng_for(*key: int) -> np.random.Generator:
@@ -37,48 +36,20 @@ def rng_for(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
 
-class SampleOrder:
-    """Each epoch a new permutation of all samples, computed one number at a time.
+@runtime_checkable
+class Order(Protocol):
+    """Which sample stands at each place of an endless training; see :mod:`pixcell.training.order`."""
 
-    A shuffled list of PixCell's 492 million fields would take 4 GB in every process. A Feistel network is a
-    permutation of the numbers below a power of four; walking on while a number is too large makes it one of
-    ``num_samples`` numbers.
+    @property
+    def num_samples(self) -> int:
+        """Samples that are ordered. So many places are an epoch."""
 
-    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains" (cycle walking).
-
-    Examples:
-        >>> order = SampleOrder(5, seed=0)
-        >>> sorted(order[place] for place in range(5)), sorted(order[place] for place in range(5, 10))
-        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
-    """
-
-    def __init__(self, num_samples: int, seed: int) -> None:
-        if num_samples < 1:
-            raise ValueError("an order needs at least one sample")
-        self.num_samples, self.seed = num_samples, seed
-        self._half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
-        self._keys: tuple[int, list[int]] = (-1, [])
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What decides the order besides its seed and number of samples. JSON values."""
 
     def __getitem__(self, place: int) -> int:
-        """Return the sample at a place of the endless sequence of epochs."""
-        epoch, number = divmod(place, self.num_samples)
-        keys = self._keys_of(epoch)
-        number = self._permute(number, keys)
-        while number >= self.num_samples:
-            number = self._permute(number, keys)
-        return number
-
-    def _keys_of(self, epoch: int) -> list[int]:
-        if self._keys[0] != epoch:
-            self._keys = (epoch, [int(key) for key in rng_for(self.seed, epoch).integers(0, 2**63, _ROUNDS)])
-        return self._keys[1]
-
-    def _permute(self, number: int, keys: Sequence[int]) -> int:
-        mask = (1 << self._half_bits) - 1
-        left, right = number >> self._half_bits, number & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        return left << self._half_bits | right
+        """Return the sample at a place; any place at once, from (seed, place) alone."""
 
 
 class BatchPlan(Sampler[list[Ticket]]):
@@ -90,7 +61,7 @@ class BatchPlan(Sampler[list[Ticket]]):
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: Order,
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -129,19 +100,18 @@ class Without:
         >>> kept = Without([1, 2, 5])
         >>> [kept[index] for index in range(4)]
         [0, 3, 4, 6]
+        >>> kept.before(4), kept.before(5), kept.before(6)
+        (2, 3, 3)
     """
 
     def __init__(self, left_out: Iterable[int]) -> None:
+        self._left_out = sorted(left_out)
         # Below the j-th left-out number stand (number - j) kept ones: passing that many means passing it.
-        self._passed_at = [number - place for place, number in enumerate(sorted(left_out))]
+        self._passed_at = [number - place for place, number in enumerate(self._left_out)]
 
     def __getitem__(self, index: int) -> int:
         return index + bisect_right(self._passed_at, index)
 
-
-def _mixed(number: int) -> int:
-    """Scatter 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
-    number &= 0xFFFFFFFFFFFFFFFF
-    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    number = (number ^ number >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return number ^ number >> 31
+    def before(self, number: int) -> int:
+        """Return how many kept numbers stand before one: its own place, if it is kept."""
+        return number - bisect_left(self._left_out, number)

@@ -26,12 +26,13 @@ from pixcell.files import writing_to
 from pixcell.provenance import save_synthetic_png
 from pixcell.training.averages import AveragedWeights
 from pixcell.training.checkpoints import Checkpoint, prune, remove_unfinished, write_checkpoint
-from pixcell.training.determinism import BatchPlan, SampleOrder, Ticket, rng_for
+from pixcell.training.determinism import BatchPlan, Ticket, rng_for
 from pixcell.training.engine import Engine
 from pixcell.training.figures import Window, sums_of
 from pixcell.training.metrics import MetricsLog
 from pixcell.training.objectives import Losses, Objective, Samples
 from pixcell.training.optimizers import OptimizerConfig, learning_rate, make_optimizer
+from pixcell.training.order import SampleOrder
 from pixcell.training.run_state import RunState
 from pixcell.training.trainer_config import TrainerConfig
 
