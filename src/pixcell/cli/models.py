@@ -8,6 +8,7 @@ from typer import Argument, Option
 from pixcell.cli.shared import Device, Overrides, app, call
 from pixcell.config import load_recipe
 from pixcell.console import results
+from pixcell.errors import EvaluationError
 
 
 @app.command()
@@ -127,14 +128,20 @@ def prior(
 @app.command()
 def evaluate(
     real: Annotated[Path, Argument(help="A store, or a folder of real pictures.")],
-    synthetic: Annotated[Path, Argument(help="A folder of generated pictures.")],
+    synthetic: Annotated[
+        Path, Argument(help="A folder of generated pictures; or a run, whose every checkpoint is measured.")
+    ],
     extractor: Annotated[
         str,
         Option(help="The feature space: 'inception', or any encoder but the model's own."),
     ],
-    out: Annotated[Path, Option(help="The report; Markdown, HTML, plots go beside it.")] = Path(
-        "report.json"
-    ),
+    out: Annotated[
+        Path | None,
+        Option(
+            help="The report; Markdown, HTML, plots go beside it. By default report.json; of a run the "
+            "folder evaluations/ in it."
+        ),
+    ] = None,
     extractor_weights: Annotated[Path | None, Option(help="The extractor's weights on disk.")] = None,
     references: Annotated[
         Path | None, Option(help="The pictures given as --like, if they are not among REAL.")
@@ -145,9 +152,27 @@ def evaluate(
     """Compare generated pictures with real ones.
 
     Example: pixcell evaluate stores/brca samples --extractor stain-texture --out report.json
+
+    A run: pixcell evaluate stores/brca runs/mini --extractor inception --set 'where={split: [test]}'
     """
     from pixcell.tasks.evaluate import evaluate as evaluate_pictures
+    from pixcell.tasks.follow import follow, is_run
 
+    if is_run(synthetic):
+        if references is not None:
+            raise EvaluationError(
+                f"{synthetic} is a run: its pictures are made after fields of {real}; leave --references out."
+            )
+        given = {
+            "store": real,
+            "run": synthetic,
+            "extractor": extractor,
+            "extractor_weights": extractor_weights,
+            "device": device,
+            "out": out,
+        }
+        results.print(call("evaluate", follow, given, set_))
+        return
     results.print(
         call(
             "evaluate",
@@ -158,7 +183,7 @@ def evaluate(
                 "extractor": extractor,
                 "extractor_weights": extractor_weights,
                 "references": references,
-                "out": out,
+                "out": out or Path("report.json"),
                 "device": device,
             },
             set_,

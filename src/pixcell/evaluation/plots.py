@@ -1,19 +1,21 @@
 """The picture of a report: where the two sets lie, how far apart they are, and how pairs look."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pixcell.evaluation.comparison import Measure
 from pixcell.evaluation.metrics import PairSimilarity
 from pixcell.evaluation.pictures import PLOT_SOFTWARE
+from pixcell.evaluation.report import Report
 
-__all__ = ["REAL", "SYNTHETIC", "draw_plot"]
+__all__ = ["REAL", "SYNTHETIC", "draw_course", "draw_plot"]
 
 REAL = "#4a6fa5"
 SYNTHETIC = "#c2417c"
 _GREY = "#8a8f98"
+_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
 _MAX_POINTS = 3000
 
 
@@ -41,9 +43,7 @@ def draw_plot(
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with rc_context(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
-    ):
+    with rc_context(_STYLE):
         figure = Figure(figsize=(13.5, 4.3), dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.14))
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 4, width_ratios=[1.2, 0.5, 0.5, 1])
@@ -57,6 +57,60 @@ def draw_plot(
         # from being taken for a sample where a report is written into the folder of the samples.
         figure.savefig(buffer, format="png", metadata={"Software": PLOT_SOFTWARE})
     return buffer.getvalue()
+
+
+def draw_course(reports: Mapping[int, Report]) -> bytes:
+    """Draw a PNG: the figures of a run's checkpoints over their steps, each beside its floor.
+
+    Args:
+        reports: By step; all in the same feature space.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    steps = sorted(reports)
+    extractor = reports[steps[0]].extractor["name"]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(13.5, 3.6), dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.14))
+        FigureCanvasAgg(figure)
+        for axes, name in zip(
+            figure.subplots(1, 4), ("frechet", "kernel", "precision", "recall"), strict=True
+        ):
+            measures = [reports[step].measure(name) for step in steps]
+            _draw_line(axes, steps, measures)
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.axes[0].legend(frameon=False, loc="upper right")
+        figure.suptitle(f"in the space of {extractor}, both sides at equal count", fontsize=10, color=_GREY)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": PLOT_SOFTWARE})
+    return buffer.getvalue()
+
+
+def _draw_line(axes, steps: Sequence[int], measures: Sequence[Measure]) -> None:  # type: ignore[no-untyped-def]
+    axes.set_title(measures[0].title, loc="left")
+    known = [
+        (step, each)
+        for step, each in zip(steps, measures, strict=True)
+        if each.matched is not None and each.floor is not None
+    ]
+    if not known:
+        _say(axes, "too few pictures")
+        return
+    places = [step for step, _ in known]
+    for values, scatter, colour, label in (
+        (
+            [e.matched for _, e in known],
+            [e.matched_std or 0 for _, e in known],
+            SYNTHETIC,
+            "real / synthetic",
+        ),
+        ([e.floor for _, e in known], [e.floor_std or 0 for _, e in known], _GREY, "real / real"),
+    ):
+        axes.errorbar(places, values, scatter, color=colour, marker="o", markersize=4, capsize=3, label=label)
+    axes.set_xlabel(f"step ({known[-1][1].matched_count} a side)")
+    axes.set_ylim(bottom=min(0, *axes.get_ylim()))
 
 
 def _draw_plane(axes, real, synthetic, extractor, seed) -> None:  # type: ignore[no-untyped-def]
