@@ -77,12 +77,13 @@ class Peak:
 def training_flops(objective: Objective, batch: Mapping[str, Any]) -> int | None:
     """Count the FLOPs of the loss of a batch and of the gradients of all weights that are trained.
 
-    ``objective.loss`` is called once, on tensors that have shapes and no content; nothing is computed, and no
-    weight or gradient is touched. Call it before the model is wrapped or sharded.
+    ``objective.loss`` is called twice: as it is, without gradients, so that tables which are made at first use
+    get their content; then on tensors that have shapes and no content. No weight or gradient is touched. Call
+    it before the model is wrapped or spread over processes.
 
     Args:
         objective: What is trained.
-        batch: Of any size; as the loader gives it.
+        batch: As the loader gives it, where the model is. One sample will do: FLOPs grow with their number.
 
     Returns:
         FLOPs of the whole batch; None if the loss looks at values, which tensors without content lack.
@@ -97,6 +98,8 @@ def training_flops(objective: Objective, batch: Mapping[str, Any]) -> int | None
     without_content = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False)
     hollow = tree_map_only(Tensor, without_content.from_tensor, dict(batch))
+    with torch.no_grad():
+        objective.loss(batch)
     try:
         # Attention as plain products: a fused kernel's backward counts the scores it computes again.
         with (
