@@ -193,7 +193,9 @@ def evaluate(
 
 @app.command()
 def convert(
-    source: Annotated[str, Argument(help="A file, a folder, a published name, or owner/name on the hub.")],
+    source: Annotated[
+        str, Argument(help="A run, a file, a folder, a published name, or owner/name on the hub.")
+    ],
     dest: Annotated[Path, Argument(help="The folder to write; it must not exist.")],
     kind: Annotated[
         str | None,
@@ -202,8 +204,8 @@ def convert(
         ),
     ] = None,
     weights: Annotated[
-        Literal["auto", "ema", "raw"],
-        Option(help="Of a training checkpoint: averaged, trained, or averaged ones if there are any."),
+        str,
+        Option(help="averaged, trained, or auto: averaged if there are any. Of a run also averaged-0.999."),
     ] = "auto",
     precision: Annotated[
         Literal["stored", "fp32", "bf16", "fp16"], Option(help="Number format to write.")
@@ -222,7 +224,7 @@ def convert(
     download: Annotated[bool, Option("--download", help="Fetch what is not on this machine.")] = False,
     set_: Overrides = None,
 ) -> None:
-    """Turn published weights into safetensors in the diffusers layout, with a model card.
+    """Turn published weights, or those of a run, into safetensors in the diffusers layout, with a model card.
 
     Example: pixcell convert pixcell_256.ckpt models/pixcell-256 --vae weights/sd3.5-vae
     """

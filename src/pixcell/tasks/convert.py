@@ -1,4 +1,4 @@
-"""Turn published weights into safetensors in the diffusers layout, with a model card.
+"""Turn published weights, or those of a run, into safetensors in the diffusers layout, with a model card.
 
     DEST/                            one model                    several models (a pipeline)
     ├── README.md                    model card: source, licence, hashes, how to open it
@@ -12,7 +12,7 @@ or not at all.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ from pixcell.models.weight_files import Which, open_weights, weight_files_in
 from pixcell.models.weights import Precision, dtype_of, fetch, weights_sha256
 from pixcell.tasks.facts import size_of, size_text
 from pixcell.tasks.model_cards import model_card
+from pixcell.tasks.run_export import RunExport, run_export
 
 __all__ = ["ORIGIN_FILE", "ConvertResult", "convert"]
 
@@ -55,6 +56,9 @@ _PIPELINES: dict[str, Any] = {
 }
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _PUBLISHED_WIDTH = ENCODERS["uni2-h"].dim
+_SCRATCH = ".run"
+_OUR_NAMES = {"ema": "averaged", "raw": "trained"}
+_WHICH: dict[str, Which] = {"auto": "auto", "averaged": "ema", "trained": "raw"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def convert(
     dest: Path,
     *,
     kind: str | None = None,
-    weights: Which = "auto",
+    weights: str = "auto",
     precision: Precision | Literal["stored"] = "stored",
     vae: str | None = None,
     base: str | None = None,
@@ -94,14 +98,15 @@ def convert(
     skip_objects: bool = False,
     download: bool = False,
 ) -> ConvertResult:
-    """Convert published weights.
+    """Convert published weights, or those of a training run.
 
     Args:
-        source: A file or folder, a published name, or ``owner/name`` on the hub; see
-            :func:`~pixcell.models.published_sources.find_source`.
+        source: A run or checkpoint of ours; a file or folder, a published name, or ``owner/name`` on the hub,
+            see :func:`~pixcell.models.published_sources.find_source`.
         dest: The folder to write. It must not exist.
         kind: One of :data:`~pixcell.models.published.KINDS`, where tensor names should not decide.
-        weights: Of a training checkpoint: "ema", "raw", or "auto": averaged if there are any.
+        weights: Of a run, or of a training checkpoint of others: "averaged" (or "ema"), "trained" (or "raw"),
+            or "auto": averaged if there are any. Of a run also "averaged-0.999": of that decay.
         precision: Number format to write. "stored": as it is. The autoencoder of a pipeline is
             always written in fp32.
         vae: Autoencoder to go with a denoiser: a folder or a name, such as "sd3.5". With it a denoiser
@@ -122,31 +127,51 @@ def convert(
         ModelError: If something is not known that must be; the message says how to give it.
     """
     adapted = None
-    with write_whole_folder(Path(dest)) as folder:  # refuses what exists before anything is read
+    named = _OUR_NAMES.get(weights, weights)
+    with (
+        write_whole_folder(Path(dest)) as folder,  # refuses what exists before anything is read
+        run_export(source, named, folder / _SCRATCH) as run,
+    ):
+        which = _which(named, run, source)
         if base is not None:
-            adapted = _only_transformer(base, weights, heads, download)
+            adapted = _only_transformer(base, which, heads, download)
         published = open_published(
-            source,
+            run.place if run else source,
             kind=kind,
-            which=weights,
+            which=which,
             num_attention_heads=heads,
             config=config,
             base=adapted,
             skip_objects=skip_objects,
             download=download,
         )
-        console.print(f"{published.place} is: {published.what}", markup=False, soft_wrap=True)
+        if run:
+            published = replace(published, notes=(*run.notes, *published.notes))
+        shown = run.name if run else published.place
+        console.print(f"{shown} is: {published.what}", markup=False, soft_wrap=True)
         _check_used(published, base, with_base, tokenizer)
         dtype = None if precision == "stored" else dtype_of(precision)
         options = _Options(dtype, vae, with_base, tokenizer, heads, download)
         parts, notes = _WRITERS.get(published.kind, _write_model)(published, folder, options)
         _forget_places(folder)
         hashes = {name: weights_sha256(part) for name, part in sorted(parts.items())}
-        origin = _origin(published, hashes, licence, precision, (*published.notes, *notes), vae)
+        origin = _origin(published, hashes, licence, precision, (*published.notes, *notes), vae, run)
         write_json(folder / ORIGIN_FILE, origin)
         counts = {name: _count(part) for name, part in sorted(parts.items())}
         write_text(folder / "README.md", model_card(folder, origin, counts))
     return ConvertResult(Path(dest), published.kind, published.what, counts, (*published.notes, *notes))
+
+
+def _which(weights: str, run: RunExport | None, source: str) -> Which:
+    """Return what to take of a file; of a run, the choice is made already."""
+    if run:
+        return "auto"
+    if weights not in _WHICH:
+        raise ModelError(
+            f"{source} has no weights {weights!r}: choose auto, averaged or trained. Averages of several "
+            "decays (averaged-0.999) are kept by runs of pixcell."
+        )
+    return _WHICH[weights]
 
 
 def _check_used(published: Published, base: str | None, with_base: bool, tokenizer: str | None) -> None:
@@ -381,6 +406,7 @@ def _origin(
     precision: str,
     notes: tuple[str, ...],
     vae: str | None,
+    run: RunExport | None,
 ) -> dict[str, Any]:
     """Say what was converted. A folder that was converted before, and is as it was then, keeps its origin."""
     before = published.place / ORIGIN_FILE
@@ -398,7 +424,7 @@ def _origin(
     return {
         "kind": published.kind,
         "what": KINDS[published.kind],
-        "name": source.name if source else published.place.name,
+        "name": run.name if run else source.name if source else published.place.name,
         "repository": source.repository if source else None,
         "licence": licence or stated,
         "licence_from": "given" if licence else ("public pages" if source else "not known"),

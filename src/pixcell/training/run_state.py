@@ -132,7 +132,7 @@ class RunState:
         engine.load_optimizer_state(self.optimizer)
 
 
-def weights_of(checkpoint: Checkpoint, which: str, names: Collection[str]) -> dict[str, Tensor]:
+def weights_of(checkpoint: Checkpoint, which: str, names: Collection[str]) -> dict[str, Tensor] | None:
     """Return weights of one model from a checkpoint's state, verified.
 
     Args:
@@ -142,8 +142,11 @@ def weights_of(checkpoint: Checkpoint, which: str, names: Collection[str]) -> di
         names: Of the model's tensors. A run may train other parts beside it; the model's then stand together
             under the name of their part.
 
+    Returns:
+        The weights by the model's own names. None: the run did not train this model.
+
     Raises:
-        RunError: If no such average is kept, or the run did not train this model; names what there is.
+        RunError: If a file is damaged, or no such average is kept; names what there is.
     """
     checkpoint.verify("state")
     folder = checkpoint.state
@@ -163,7 +166,7 @@ def weights_of(checkpoint: Checkpoint, which: str, names: Collection[str]) -> di
         found = {name: weights[start + name] for name in names if start + name in weights}
         if len(found) == len(names):
             return found
-    raise RunError(f"{checkpoint.path} is of a run that trained another model: {listed(list(weights), 3)}.")
+    return None
 
 
 def _progress(folder: Path) -> dict[str, Any]:
