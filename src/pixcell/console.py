@@ -6,11 +6,12 @@ output holds nothing but results and can be piped.
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
@@ -25,7 +26,17 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Advance", "console", "facts", "is_main_process", "progress", "results", "set_up_logging", "table"]
+__all__ = [
+    "Advance",
+    "console",
+    "duration_text",
+    "facts",
+    "is_main_process",
+    "progress",
+    "results",
+    "set_up_logging",
+    "table",
+]
 
 
 def is_main_process() -> bool:
@@ -45,6 +56,16 @@ class Advance(Protocol):
         """Advance by ``amount``; optionally show a note, or set a total that was not known before."""
 
 
+class _NotedProgress(Progress):
+    """Bars, and below each what there is to say of it: beside it, a narrow terminal would cut it off."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if note := task.fields["note"]:
+                yield Text(note, style="dim", overflow="ellipsis", no_wrap=True)
+
+
 class _RateColumn(ProgressColumn):
     """Pieces per second since the start."""
 
@@ -54,13 +75,18 @@ class _RateColumn(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress(label: str, total: float | None = None) -> Iterator[Advance]:
+def progress(label: str, total: float | None = None, done: float = 0) -> Iterator[Advance]:
     """Show a bar with count, rate and time left; yields the function that advances it.
 
     Where nobody watches (a log file, a cluster job), a line is written at most every thirty seconds instead.
+
+    Args:
+        label: Stands before the bar.
+        total: Pieces in all. None: not known.
+        done: Pieces that an earlier start has done.
     """
     if not console.is_terminal:
-        with _logged_progress(label, total) as advance:
+        with _logged_progress(label, total, done) as advance:
             yield advance
         return
     columns = (
@@ -70,10 +96,9 @@ def progress(label: str, total: float | None = None) -> Iterator[Advance]:
         _RateColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=False) as bar:
-        task = bar.add_task(label, total=total, note="")
+    with _NotedProgress(*columns, console=console, transient=False) as bar:
+        task = bar.add_task(label, total=total, completed=done, note="")
 
         def advance(amount: float = 1, *, note: str | None = None, total: float | None = None) -> None:
             if total is not None:
@@ -86,16 +111,16 @@ def progress(label: str, total: float | None = None) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
-def _logged_progress(label: str, total: float | None) -> Iterator[Advance]:
+def _logged_progress(label: str, total: float | None, before: float) -> Iterator[Advance]:
     import time
 
     started = last = time.monotonic()
-    done, end = 0.0, total
+    done, end = before, total
 
     def line(note: str | None) -> str:
         elapsed = time.monotonic() - started
-        rate = done / elapsed if elapsed > 0 else 0.0
-        left = f", {(end - done) / rate:.0f} s left" if end and rate and done < end else ""
+        rate = (done - before) / elapsed if elapsed > 0 else 0.0
+        left = f", {duration_text((end - done) / rate)} left" if end and rate and done < end else ""
         of = f"/{end:g}" if end else ""
         return f"{label}: {done:g}{of}, {rate:.1f}/s{left}" + (f" ({note})" if note else "")
 
@@ -109,6 +134,25 @@ def _logged_progress(label: str, total: float | None) -> Iterator[Advance]:
 
     yield advance
     console.print(line(None), markup=False)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time as people say it.
+
+    Examples:
+        >>> [duration_text(seconds) for seconds in (8.2, 90, 4000, 200_000)]
+        ['8 s', '1 min 30 s', '1 h 6 min', '2 d 7 h']
+    """
+    if not math.isfinite(seconds):
+        return "unknown time"
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    place = next((place for place, (_, size) in enumerate(units) if seconds >= size), 3)
+    (name, size), rest = units[place], units[place + 1 : place + 2]
+    text = f"{int(seconds // size)} {name}"
+    for finer, finer_size in rest:
+        if part := int(seconds % size // finer_size):
+            text += f" {part} {finer}"
+    return text
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:

@@ -28,7 +28,8 @@ from pixcell.training.averages import AveragedWeights
 from pixcell.training.checkpoints import Checkpoint, prune, remove_unfinished, write_checkpoint
 from pixcell.training.determinism import BatchPlan, Ticket, rng_for
 from pixcell.training.engine import Engine
-from pixcell.training.figures import Window, sums_of
+from pixcell.training.figures import Figures, ModelFlops, note_of, sums_of
+from pixcell.training.flops import peak_of
 from pixcell.training.metrics import MetricsLog
 from pixcell.training.objectives import Losses, Objective, Samples
 from pixcell.training.optimizers import OptimizerConfig, learning_rate, make_optimizer
@@ -65,6 +66,7 @@ class Trainer:
         config: How long, and what is kept.
         run: The run folder.
         label: Shown beside the progress bar.
+        flops_per_sample: Of a training step, for the figure ``flop_use`` (MFU). None: that is left out.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class Trainer:
         config: TrainerConfig,
         run: Path,
         label: str = "",
+        flops_per_sample: float | None = None,
     ) -> None:
         self.objective, self.optimizer_config, self.config, self.run = objective, optimizer, config, run
-        self.label = label or run.name
+        self.label, self.flops_per_sample = label or run.name, flops_per_sample
         self.engine = Engine(objective, lambda model: make_optimizer(model, optimizer), config)
         self.order = self._order()
         self.averages = AveragedWeights(objective.trainable, config.ema_decays)
@@ -102,7 +105,7 @@ class Trainer:
             _matmul_precision(self.config.matmul_precision),
             _StopSignals() as stop,
             self._metrics() as metrics,
-            progress(f"train {self.label}", self.config.steps - self.step) as advance,
+            progress(f"train {self.label}", self.config.steps, self.step) as advance,
         ):
             return self._fit(stop, metrics, advance)
 
@@ -110,28 +113,27 @@ class Trainer:
         self, stop: "_StopSignals", metrics: "MetricsLog | None", advance: Callable[..., None]
     ) -> Outcome:
         config = self.config
-        window = Window()
+        figures = self._figures()
         loss = samples_per_s = note = None
         stopped = False
         for batches in self._steps():
             rate = learning_rate(self.optimizer_config, self.step, config.steps)
             started = time.monotonic()
             sums, gradient_norm, stopped = self._take_step(batches, rate, stop)
-            window.add(sums, time.monotonic() - started)
+            figures.add(sums, gradient_norm, time.monotonic() - started)
             self.seconds += time.monotonic() - started
             if self.step % config.log_every == 0 or self.step == config.steps:
-                figures = window.summary()
-                loss, samples_per_s = figures["loss"], figures["samples_per_s"]
-                figures |= {"lr": rate, "gradient_norm": gradient_norm, "seconds": self.seconds}
-                figures["epoch"] = self.step * config.batch_size / self.order.num_samples
+                line = figures.line(self.step, self.engine.device)
+                line |= {"lr": rate, "seconds": self.seconds}
+                line["epoch"] = self.step * config.batch_size / self.order.num_samples
+                loss, samples_per_s, note = line["loss"], line["samples_per_s"], note_of(line)
                 if metrics:
-                    metrics.write(self.step, figures)
-                window = Window()
-                speed = f"{samples_per_s:.1f} images/s"
-                note = f"loss {loss:.4f}, lr {rate:.2g}, gradient {gradient_norm:.2g}, {speed}"
+                    metrics.write(self.step, line)
             advance(1, note=note)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
+                started = time.monotonic()
                 self._save(metrics)
+                figures.saved(time.monotonic() - started)
             if stopped:
                 break
         assert self.last_checkpoint is not None
@@ -232,7 +234,14 @@ class Trainer:
     def _metrics(self) -> "contextlib.AbstractContextManager[MetricsLog | None]":
         if not self.engine.is_main:
             return contextlib.nullcontext()
-        return MetricsLog(self.run, self.step, self.config.tensorboard)
+        return MetricsLog(self.run, self.step, self.config.tensorboard, self.config.wandb)
+
+    def _figures(self) -> Figures:
+        config, flops = self.config, None
+        if self.flops_per_sample is not None and self.engine.is_main:
+            peak = peak_of(self.engine.device, config.precision, config.matmul_precision)
+            flops = ModelFlops(self.flops_per_sample, peak, self.engine.num_processes)
+        return Figures(config.steps, config.checkpoint_every, self.optimizer_config.clip_norm, flops)
 
     def _save(self, metrics: MetricsLog | None) -> None:
         """Write a checkpoint of the step just taken, and a preview beside the run."""
