@@ -49,11 +49,11 @@ def test_a_run_folder_holds_all_that_is_promised(recipe, tmp_path):
 
 def test_an_autoencoder_run_can_be_named_as_the_codec_of_the_next(codec_recipe, tmp_path):
     from pixcell.models.codec import LatentCodec
-    from pixcell.training.recipe import _weights_folder
+    from pixcell.training.stages import weights_folder
 
     result = train(codec_recipe(), tmp_path / "codec")
-    assert _weights_folder(str(result.run)) == result.checkpoint / "pipeline"
-    assert LatentCodec.from_pretrained(_weights_folder(str(result.run))).latent_channels == 2
+    assert weights_folder(str(result.run)) == result.checkpoint / "pipeline"
+    assert LatentCodec.from_pretrained(weights_folder(str(result.run))).latent_channels == 2
 
 
 def test_a_stage_starts_from_a_run_trained_or_averaged(recipe, tmp_path):

@@ -1,6 +1,7 @@
 """Configurations and weights of models: read strictly, and written without the paths of this machine."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from diffusers import ConfigMixin, ModelMixin
 
 from pixcell.errors import MissingWeights, ModelError, WrongWeights
 
-__all__ = ["PlainConfig", "StrictModel", "config_in", "read_json"]
+__all__ = ["PlainConfig", "StrictModel", "check_architecture", "config_in", "read_json"]
 
 _LISTED = 12
 
@@ -108,3 +109,41 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object.")
     return content
+
+
+def check_architecture(
+    width: int,
+    cross_attention_dim: int,
+    sample_size: int,
+    patch_size: int,
+    norm_type: str,
+    attention_type: str | None,
+    num_tokens: int,
+) -> None:
+    """Refuse values that cannot make a denoiser.
+
+    Raises:
+        ModelError: Names the first that cannot.
+    """
+    if norm_type != "ada_norm_single" or attention_type not in ("default", None):
+        raise ModelError(
+            f"norm_type {norm_type!r} with attention_type {attention_type!r} is not this model; "
+            "it has 'ada_norm_single' and 'default'."
+        )
+    if cross_attention_dim != width:
+        raise ModelError(
+            f"cross_attention_dim is {cross_attention_dim} and the model is {width} wide "
+            "(num_attention_heads x attention_head_dim); they must be equal."
+        )
+    if width < 1 or width % 4:
+        raise ModelError(
+            f"the model is {width} wide (num_attention_heads x attention_head_dim); its positions are sines "
+            "and cosines of rows and columns, which need a multiple of 4."
+        )
+    if sample_size <= 0 or sample_size % patch_size:
+        raise ModelError(f"sample_size {sample_size} must be a positive multiple of patch_size {patch_size}.")
+    if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
+        raise ModelError(
+            f"caption_num_tokens {num_tokens} is not a square number: "
+            "the tokens are a grid of fields (1, 4, 16, ...)."
+        )

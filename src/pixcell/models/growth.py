@@ -37,7 +37,11 @@ class GrowthReport:
 
 
 def grow(
-    model: Model, sample_size: int, caption_num_tokens: int, interpolation_scale: float | None = None
+    model: Model,
+    sample_size: int,
+    caption_num_tokens: int,
+    interpolation_scale: float | None = None,
+    redraw_unconditional: bool = False,
 ) -> tuple[Model, GrowthReport]:
     """Return a denoiser for another size, as :meth:`PixCellTransformer2DModel.grown_to` says.
 
@@ -62,15 +66,18 @@ def grow(
     grown = grown.to(dtype=model.dtype, device=model.device).train(model.training)
     old, new = model.state_dict(), grown.state_dict()
     table, null = "y_pos_embed.y_pos_embed", "caption_projection.uncond_embedding"
-    remade = {table, null} if caption_num_tokens != config.caption_num_tokens else {table}
+    is_spread = caption_num_tokens != config.caption_num_tokens and not redraw_unconditional
+    remade = {table, null} if is_spread or redraw_unconditional else {table}
     carried = tuple(name for name in old if name in new and name not in remade)
     state = {**new, **{name: old[name] for name in carried}}
     rebuilt = {"pos_embed.pos_embed": f"positions of {sample_size} x {sample_size} latents"}
     if table in new:
         rebuilt[table] = f"positions of {caption_num_tokens} condition tokens"
-    if null in remade:
+    if is_spread:
         state[null] = _spread(old[null], caption_num_tokens)
         rebuilt[null] = f"{config.caption_num_tokens} tokens spread over {caption_num_tokens}"
+    elif redraw_unconditional:
+        rebuilt[null] = f"{caption_num_tokens} tokens drawn anew"
     dropped = {name: "a single condition token has no position" for name in old if name not in new}
     grown.load_state_dict(state, strict=True)
     return grown, GrowthReport(carried, rebuilt, dropped)

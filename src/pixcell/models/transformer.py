@@ -51,7 +51,7 @@ from pixcell.models.blocks import (
     condition_positions,
     modulated,
 )
-from pixcell.models.configurations import StrictModel
+from pixcell.models.configurations import StrictModel, check_architecture
 from pixcell.models.growth import GrowthReport, grow
 from pixcell.models.time_features import TimeFeatures
 
@@ -139,7 +139,7 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
         if interpolation_scale is None:
             interpolation_scale = sample_size / 64
             self.register_to_config(interpolation_scale=interpolation_scale)
-        _check_architecture(
+        check_architecture(
             width, cross_attention_dim, sample_size, patch_size, norm_type, attention_type, caption_num_tokens
         )
         if not 0 < interpolation_scale < math.inf:
@@ -254,7 +254,8 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
         block_controlnet_hidden_states: Sequence[Tensor] | None = None,
         return_dict: bool = True,
         dropped: Tensor | None = None,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        tokens_after: int | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor, ...]:
         """Predict what was added to clean latents.
 
         Args:
@@ -267,6 +268,8 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
                 width). May be shorter than the number of blocks; the last blocks then get nothing.
             return_dict: Return an object with ``sample`` instead of a tuple of one.
             dropped: Booleans, (batch,): samples to be treated as having no condition. None: none.
+            tokens_after: Also return the image tokens behind so many blocks, (batch, image tokens, width),
+                for losses on what the model has in mind. Only as a tuple (``return_dict=False``).
 
         Returns:
             ``sample``, (batch, out_channels, height, width): noise, then variance logits if learned.
@@ -280,17 +283,24 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
         )
         height, width = hidden_states.shape[2:]
         tokens = self.pos_embed(hidden_states.to(self._dtype))
+        extra: tuple[Tensor, ...] = ()
         for index, (block, condition) in enumerate(zip(self.transformer_blocks, conditions, strict=True)):
             residual = residuals[index] if index < len(residuals) else None
             tokens = self._run(block, tokens, condition, modulation, residual)
+            if index + 1 == tokens_after:
+                extra = (tokens,)
 
         shift, scale = (self.scale_shift_table + modulation.output[:, None]).chunk(2, dim=1)
         tokens = self.proj_out(modulated(self.norm_out, tokens, shift, scale))
         sample = self._unpatchify(tokens, height, width)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample, *extra)
 
     def grown_to(
-        self, sample_size: int, caption_num_tokens: int, interpolation_scale: float | None = None
+        self,
+        sample_size: int,
+        caption_num_tokens: int,
+        interpolation_scale: float | None = None,
+        redraw_unconditional: bool = False,
     ) -> "tuple[PixCellTransformer2DModel, GrowthReport]":
         """Return a model for another size that starts from these weights: the way from 256 to 512 to 1024.
 
@@ -302,11 +312,12 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
             sample_size: Side of the new latents.
             caption_num_tokens: Number of new condition tokens.
             interpolation_scale: None keeps the coordinate range of this model, as the published stages do.
+            redraw_unconditional: Draw the "no condition" tokens anew, as the reference does.
 
         Raises:
             ModelError: If one grid is no whole multiple of the other.
         """
-        return grow(self, sample_size, caption_num_tokens, interpolation_scale)
+        return grow(self, sample_size, caption_num_tokens, interpolation_scale, redraw_unconditional)
 
     def _unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
         side = self.config.patch_size
@@ -465,36 +476,3 @@ class PixCellTransformer2DModel(StrictModel, PeftAdapterMixin, CacheMixin):
         for block in self.transformer_blocks:
             nn.init.zeros_(block.get_parameter("attn2.to_out.0.weight"))
         nn.init.zeros_(self.proj_out.weight)
-
-
-def _check_architecture(
-    width: int,
-    cross_attention_dim: int,
-    sample_size: int,
-    patch_size: int,
-    norm_type: str,
-    attention_type: str | None,
-    num_tokens: int,
-) -> None:
-    if norm_type != "ada_norm_single" or attention_type not in ("default", None):
-        raise ModelError(
-            f"norm_type {norm_type!r} with attention_type {attention_type!r} is not this model; "
-            "it has 'ada_norm_single' and 'default'."
-        )
-    if cross_attention_dim != width:
-        raise ModelError(
-            f"cross_attention_dim is {cross_attention_dim} and the model is {width} wide "
-            "(num_attention_heads x attention_head_dim); they must be equal."
-        )
-    if width < 1 or width % 4:
-        raise ModelError(
-            f"the model is {width} wide (num_attention_heads x attention_head_dim); its positions are sines "
-            "and cosines of rows and columns, which need a multiple of 4."
-        )
-    if sample_size <= 0 or sample_size % patch_size:
-        raise ModelError(f"sample_size {sample_size} must be a positive multiple of patch_size {patch_size}.")
-    if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
-        raise ModelError(
-            f"caption_num_tokens {num_tokens} is not a square number: "
-            "the tokens are a grid of fields (1, 4, 16, ...)."
-        )

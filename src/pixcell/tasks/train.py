@@ -3,6 +3,7 @@
 runs/<name>/
 ├── recipe.yaml          as resolved, with every default
 ├── environment.json     versions at each start
+├── growth.json          what was carried, rebuilt and dropped, if the model grew from another stage's
 ├── metrics.jsonl        figures, one line per logged step; tensorboard/ shows the same
 ├── previews/            held-out tissue above what the model makes of its embeddings
 └── checkpoints/         step-…/pipeline to use, step-…/state to go on
@@ -23,6 +24,7 @@ from pixcell.errors import OutputError, RunError
 from pixcell.files import write_json, writing_to
 from pixcell.provenance import environment, now
 from pixcell.training.checkpoints import Checkpoint, exclusively
+from pixcell.training.objectives import Grown
 from pixcell.training.recipe import TrainRecipe, build_objective
 from pixcell.training.trainer import Trainer
 
@@ -101,14 +103,18 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
     run = run or Path("runs") / recipe.name
     with exclusively(run) if is_main_process() else contextlib.nullcontext():
         _must_be_same_recipe(run, recipe)
-        if not resume and (last := Checkpoint.last(run)) is not None:
+        last = Checkpoint.last(run)
+        if not resume and last is not None:
             raise OutputError(
                 f"{run} holds a run at step {last.step}: resume it, or choose another folder with --run."
             )
-        trainer = Trainer(build_objective(recipe), recipe.optimizer, recipe.trainer, run, recipe.name)
+        objective = build_objective(recipe, last)
+        trainer = Trainer(objective, recipe.optimizer, recipe.trainer, run, recipe.name)
         if is_main_process():
             save_recipe(recipe, run / "recipe.yaml")
             _note_environment(run / "environment.json")
+            if isinstance(objective, Grown) and objective.growth is not None:
+                write_json(run / "growth.json", objective.growth)
         with writing_to(run):
             outcome = trainer.fit(resume)
     return TrainResult(

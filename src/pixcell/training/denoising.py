@@ -1,7 +1,7 @@
 """Train the denoiser on cached latents: predict the noise (or velocity, or flow), and learn the variance.
 
 A sample is a field's posterior as stored. Each time it is seen, a fresh draw is made from it, normalised, and
-mixed with noise at a uniformly drawn timestep; with probability ``drop_conditioning`` its embeddings are
+mixed with noise at a drawn timestep; with probability ``drop_conditioning`` its embeddings are
 replaced by the model's "no condition" tokens, which is what guidance later subtracts. Latents are never
 flipped or turned: their embeddings were computed from the picture as it stands.
 
@@ -9,20 +9,21 @@ Source: facts of the reference in Yellapragada et al. 2025, "PixCell" (https://a
 loss itself is in :mod:`pixcell.diffusion.losses`.
 """
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixcell.config import Config
 from pixcell.data.datasets import FieldDataset
 from pixcell.diffusion.conditioning import Conditioning
-from pixcell.diffusion.losses import denoising_loss
+from pixcell.diffusion.losses import LossTerms, denoising_loss
 from pixcell.diffusion.noise_schedules import Target, schedule_for
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.diffusion.sampling import generator_for, make_scheduler
@@ -30,14 +31,45 @@ from pixcell.errors import ModelError, StoreMismatch
 from pixcell.models.codec import LatentCodec
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.provenance import environment
+from pixcell.training.alignment import Alignment, AlignmentConfig
 from pixcell.training.checkpoints import link_or_copy
 from pixcell.training.determinism import Without, rng_for
 from pixcell.training.objectives import Losses, Preview, picture_rows
 
-__all__ = ["Denoising", "DenoisingConfig", "NoisyFields"]
+__all__ = ["Denoising", "DenoisingConfig", "LogitNormalTimes", "NoisyFields", "UniformTimes"]
 
 _HELD_OUT_TIMES = 8
 _TENSORS = ("latents", "noise", "embedding_grid")
+
+
+class UniformTimes(Config):
+    """Every timestep as often, as published."""
+
+    name: Literal["uniform"] = "uniform"
+
+    def draw(self, timesteps: range, rng: np.random.Generator) -> int:
+        """Return one of the timesteps."""
+        return timesteps[int(rng.integers(len(timesteps)))]
+
+
+class LogitNormalTimes(Config):
+    """Timesteps of the flow, most often in the middle, where it is hardest to predict.
+
+    The logarithm of noise over signal is drawn from a normal distribution.
+
+    Source: Esser et al. 2024, "Scaling Rectified Flow Transformers" (https://arxiv.org/abs/2403.03206),
+    section 3.1, which finds mean 0 and deviation 1 among the best.
+    """
+
+    name: Literal["logit-normal"]
+    mean: float = 0.0
+    """Above 0: more often noisy."""
+    std: float = Field(1.0, gt=0)
+
+    def draw(self, timesteps: range, rng: np.random.Generator) -> int:
+        """Return one of the timesteps."""
+        share = 0.5 + 0.5 * math.tanh(0.5 * rng.normal(self.mean, self.std))  # the logistic function
+        return timesteps[min(int(share * len(timesteps)), len(timesteps) - 1)]
 
 
 class DenoisingConfig(Config):
@@ -53,6 +85,10 @@ class DenoisingConfig(Config):
     target: Target = "noise"
     """What is predicted: the noise, as published; the velocity, which suits short trainings; or the flow on a
     straight line from latents to noise, which has no variance to learn."""
+    times: Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="name")] = UniformTimes()
+    """How often each timestep is trained: ``uniform``, or for the flow ``logit-normal``."""
+    alignment: AlignmentConfig | None = None
+    """Also hold what the model has in mind against stored embeddings of finer fields. None: as published."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """Weigh errors as min(SNR, gamma) times those of the clean latents (5 in the paper). None: plain mean, as
     published."""
@@ -72,6 +108,10 @@ class DenoisingConfig(Config):
             raise ValueError(
                 "min_snr_gamma and clean_below are two ways of weighing errors; give one of them"
             )
+        if self.times.name != "uniform" and self.target != "flow":
+            raise ValueError(
+                f"times {self.times.name!r} are those of a flow; set target to flow, or times to uniform"
+            )
         if self.scheduler == "ddpm-learned" and not self.learn_variance:
             raise ValueError("scheduler ddpm-learned needs learn_variance; ddpm does without")
         try:
@@ -82,7 +122,17 @@ class DenoisingConfig(Config):
 
 
 class NoisyFields:
-    """Fields of cached latents, each with the noise, timestep and fate of its condition."""
+    """Fields of cached latents, each with the noise, timestep and fate of its condition.
+
+    Args:
+        fields: With latents and embeddings.
+        shift: Of the normalisation.
+        scale: Of the normalisation.
+        config: How chances are drawn.
+        timesteps: To draw from.
+        held_out: Indices that are left out.
+        aligned_to: The same fields with the embeddings that the model's own mind is held against.
+    """
 
     def __init__(
         self,
@@ -92,8 +142,10 @@ class NoisyFields:
         config: DenoisingConfig,
         timesteps: range,
         held_out: Sequence[int],
+        aligned_to: FieldDataset | None = None,
     ) -> None:
         self.fields, self.config, self.timesteps = fields, config, timesteps
+        self.aligned_to = aligned_to
         self._shift, self._scale = shift.cpu().reshape(-1, 1, 1), scale.cpu().reshape(-1, 1, 1)
         self._kept, self._count = Without(held_out), len(fields) - len(held_out)
 
@@ -102,8 +154,13 @@ class NoisyFields:
 
     def draw(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[dict[str, Any]]:
         """Return normalised draws from the posteriors, noise, timesteps, embeddings, and what to drop."""
-        items = self.fields.__getitems__([self._kept[index] for index in indices])
-        return [self.noisy(item, rng) for item, rng in zip(items, rngs, strict=True)]
+        places = [self._kept[index] for index in indices]
+        items = self.fields.__getitems__(places)
+        drawn = [self.noisy(item, rng) for item, rng in zip(items, rngs, strict=True)]
+        if self.aligned_to is not None:
+            for sample, fine in zip(drawn, self.aligned_to.__getitems__(places), strict=True):
+                sample["fine_embedding_grid"] = fine["embedding_grid"].float()
+        return drawn
 
     def noisy(self, item: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Draw from one field's posterior, and what befalls it."""
@@ -113,7 +170,7 @@ class NoisyFields:
         return {
             "latents": (raw - self._shift) * self._scale,
             "noise": chance[1],
-            "timestep": self.timesteps[int(rng.integers(len(self.timesteps)))],
+            "timestep": self.config.times.draw(self.timesteps, rng),
             "dropped": bool(rng.random() < self.config.drop_conditioning),
             "embedding_grid": item["embedding_grid"].float(),
             "key": item["key"],
@@ -130,6 +187,8 @@ class Denoising:
         codec: What made the latents; frozen, saved with each checkpoint.
         config: What is learned.
         held_out: Indices kept out of training, shown in previews.
+        aligned_to: The same fields, with embeddings of ``config.alignment.column``.
+        growth: What became of each tensor when the model grew from another stage's; JSON values.
     """
 
     def __init__(
@@ -140,6 +199,8 @@ class Denoising:
         codec: LatentCodec,
         config: DenoisingConfig,
         held_out: Sequence[int],
+        aligned_to: FieldDataset | None = None,
+        growth: Mapping[str, Any] | None = None,
     ) -> None:
         made_by = fields.made_by["latents"]
         if made_by["codec"]["sha256"] != codec.sha256:
@@ -148,10 +209,15 @@ class Denoising:
                 f"objective.codec {config.codec!r} ({codec.sha256[:12]}) did not make these latents; "
                 f"{maker['name']!r} ({maker['sha256'][:12]}) did. Name that one, or encode again."
             )
-        self.trainable, self.codec, self.config = model, codec, config
+        self.trainable: nn.Module = model
+        self.transformer, self.codec, self.config, self.growth = model, codec, config, growth
+        self.alignment: Alignment | None = None
+        if config.alignment is not None and aligned_to is not None:
+            self.alignment = _alignment_for(model, config.alignment, aligned_to)
+            self.trainable = nn.ModuleDict({"transformer": model, "alignment": self.alignment})
         self.schedule = schedule_for(config.target)
         self.samples = NoisyFields(
-            fields, codec.shift, codec.scale, config, self.schedule.timesteps, held_out
+            fields, codec.shift, codec.scale, config, self.schedule.timesteps, held_out, aligned_to
         )
         self._held_out = list(held_out)
         self._pictures = [
@@ -165,21 +231,43 @@ class Denoising:
     @property
     def facts(self) -> Mapping[str, Any]:
         """Number and size of fields, their resolution, and what made latents and embeddings."""
-        fields = self.samples.fields
-        return {"fields": len(fields), "size": fields.size, "mpp": fields.mpp, "made_by": fields.made_by}
+        fields, made_by = self.samples.fields, dict(self.samples.fields.made_by)
+        if self.samples.aligned_to is not None:
+            made_by["alignment"] = self.samples.aligned_to.made_by["embeddings"]
+        return {"fields": len(fields), "size": fields.size, "mpp": fields.mpp, "made_by": made_by}
 
     def move_to(self, device: torch.device) -> None:
         """Bring the autoencoder along."""
         self.codec.vae.to(device)
 
     def loss(self, batch: Mapping[str, Any]) -> Losses:
-        """Return each sample's loss, and its parts ``mse`` and ``bound``."""
+        """Return each sample's loss, and its parts ``mse``, ``bound`` and ``alignment``."""
+        alignment = self.alignment
+        if alignment is None:
+            terms, _ = self._compare(batch)
+            return self._losses(batch, terms, terms.loss)
+        if not alignment.config.acts_at(batch["step"]):
+            terms, _ = self._compare(batch)
+            return self._losses(batch, terms, terms.loss + alignment.at_rest())
+        terms, tokens = self._compare(batch, alignment.config.layer)
+        apart = alignment(tokens, batch["fine_embedding_grid"])
+        return self._losses(batch, terms, terms.loss + alignment.config.weight * apart, alignment=apart)
+
+    def _compare(
+        self, batch: Mapping[str, Any], tokens_after: int | None = None
+    ) -> tuple[LossTerms, Tensor | None]:
+        """Let the model predict; return how far it was off, and its image tokens behind a block."""
         conditioning = Conditioning(batch["embedding_grid"]).drop(batch["dropped"])
         noisy = self.schedule.add_noise(batch["latents"], batch["noise"], batch["timestep"])
-        tokens = conditioning.tokens(self.trainable.unconditional_embedding, len(noisy))
-        prediction = self.trainable(
-            noisy, batch["timestep"], tokens, return_dict=False, dropped=conditioning.dropped
-        )[0]
+        tokens = conditioning.tokens(self.transformer.unconditional_embedding, len(noisy))
+        prediction, *behind = self.transformer(
+            noisy,
+            batch["timestep"],
+            tokens,
+            return_dict=False,
+            dropped=conditioning.dropped,
+            tokens_after=tokens_after,
+        )
         terms = denoising_loss(
             prediction,
             batch["latents"],
@@ -190,8 +278,14 @@ class Denoising:
             self.config.target,
             self.config.clean_below,
         )
-        parts = {"mse": terms.mse} if terms.bound is None else {"mse": terms.mse, "bound": terms.bound}
-        return Losses(terms.loss, parts, batch["timestep"].float() / self.schedule.num_timesteps)
+        return terms, behind[0] if behind else None
+
+    def _losses(
+        self, batch: Mapping[str, Any], terms: LossTerms, per_sample: Tensor, **parts: Tensor
+    ) -> Losses:
+        bound = {} if terms.bound is None else {"bound": terms.bound}
+        times = batch["timestep"].float() / self.schedule.num_timesteps
+        return Losses(per_sample, {"mse": terms.mse, **bound, **parts}, times)
 
     @torch.no_grad()
     def preview(self) -> Preview:
@@ -215,7 +309,7 @@ class Denoising:
 
     def _held_out_error(self, items: Sequence[Mapping[str, Any]]) -> float:
         """Squared error of the noise, over evenly spread timesteps and fixed noise: comparable over a run."""
-        device, total = self.trainable.device, 0.0
+        device, total = self.transformer.device, 0.0
         places = range(_HELD_OUT_TIMES)
         for place in places:
             drawn = [self.samples.noisy(item, rng_for(place, index)) for index, item in enumerate(items)]
@@ -223,7 +317,7 @@ class Denoising:
             batch["dropped"] = torch.zeros(len(items), dtype=torch.bool, device=device)
             step = self.schedule.num_timesteps * (2 * place + 1) // (2 * len(places))
             batch["timestep"] = torch.full((len(items),), step, device=device)
-            total += float(self.loss(batch).parts["mse"].mean()) / len(places)
+            total += float(self._compare(batch)[0].mse.mean()) / len(places)
         return total
 
     def export(self, folder: Path, previous: Path | None) -> None:
@@ -237,7 +331,7 @@ class Denoising:
         fields = self.samples.fields
         embeddings = fields.made_by["embeddings"]
         return {
-            "encoder": {**embeddings["encoder"], "dim": self.trainable.config.caption_channels},
+            "encoder": {**embeddings["encoder"], "dim": self.transformer.config.caption_channels},
             "field_size": embeddings["field_size"],
             "mpp": fields.mpp,
             "target": self.config.target,
@@ -245,3 +339,11 @@ class Denoising:
             "codec": self.codec.made_by(),
             "environment": environment(),
         }
+
+
+def _alignment_for(
+    model: PixCellTransformer2DModel, config: AlignmentConfig, aligned_to: FieldDataset
+) -> Alignment:
+    rows, columns, dim = aligned_to[0]["embedding_grid"].shape
+    num_tokens = (model.config.sample_size // model.config.patch_size) ** 2
+    return Alignment(config, model.inner_dim, model.config.num_layers, num_tokens, rows * columns, dim)

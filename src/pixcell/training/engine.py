@@ -189,9 +189,16 @@ def _fill(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         weights[name].copy_(value)
 
 
-def _enable_gradient_checkpointing(model: nn.Module) -> None:
-    if not isinstance(model, ModelMixin) or not model._supports_gradient_checkpointing:
+def _enable_gradient_checkpointing(trainable: nn.Module) -> None:
+    """Switch it on in every part that has it: a model may be trained with a helper beside it."""
+    models = [
+        part
+        for part in trainable.modules()
+        if isinstance(part, ModelMixin) and part._supports_gradient_checkpointing
+    ]
+    if not models:
         raise RecipeError(
-            f"trainer.gradient_checkpointing is not possible for {type(model).__name__}: set it to false."
+            f"trainer.gradient_checkpointing is not possible for {type(trainable).__name__}: set it to false."
         )
-    model.enable_gradient_checkpointing()
+    for model in models:
+        model.enable_gradient_checkpointing()

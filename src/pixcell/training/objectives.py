@@ -3,6 +3,15 @@
 An objective says what is trained, which samples there are, what the loss of a batch is, how to look at the
 result, and how to save it for use. The trainer does the rest: devices, steps, averages, checkpoints, resume.
 Pass your own object with these members to :class:`pixcell.training.trainer.Trainer`; no registration.
+
+What is trained may be a whole model, a model with a helper that only training needs, or a few weights of one:
+
+    a model                 trainable = model
+    a model and a helper    trainable = nn.ModuleDict({"model": model, "helper": helper})
+    some of its weights     trainable = nn.ParameterDict(...) of these, the model itself standing elsewhere
+
+Weights that want no gradient are neither moved nor averaged, and are kept with each checkpoint all the same.
+So what is large and frozen stands elsewhere: ``move_to`` brings it to the device, ``facts`` names it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +25,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-__all__ = ["Losses", "Objective", "Preview", "Samples", "picture_rows", "spread_over"]
+__all__ = ["Grown", "Losses", "Objective", "Preview", "Samples", "picture_rows", "spread_over"]
 
 _GAP, _CAPTION = 4, 18
 
@@ -63,7 +72,7 @@ class Objective(Protocol):
 
     @property
     def trainable(self) -> nn.Module:
-        """What the optimiser moves and the average follows; frozen parts stand elsewhere."""
+        """What the optimiser moves and the averages follow; frozen parts stand elsewhere."""
 
     @property
     def samples(self) -> Samples:
@@ -77,7 +86,11 @@ class Objective(Protocol):
         """Bring frozen parts to where the training runs."""
 
     def loss(self, batch: Mapping[str, Any]) -> Losses:
-        """Return the losses of collated samples."""
+        """Return the losses of a batch.
+
+        Args:
+            batch: Collated samples, and ``step``: the number of the step, from 0.
+        """
 
     def preview(self) -> Preview:
         """Look at the model as it is (the trainer puts the averages in place). Touch no global chance."""
@@ -89,6 +102,15 @@ class Objective(Protocol):
             folder: Where.
             previous: The last export of this run, whose frozen files may be linked instead of written.
         """
+
+
+@runtime_checkable
+class Grown(Protocol):
+    """An objective whose model started from another one may say so: ``growth.json`` in the run keeps it."""
+
+    @property
+    def growth(self) -> Mapping[str, Any] | None:
+        """What was carried, rebuilt and dropped, as JSON values. None: from scratch, or the run goes on."""
 
 
 def picture_rows(

@@ -158,7 +158,7 @@ class Trainer:
         losses: list[Losses] = []
         keys: list[str] = []
         for place in range(count):
-            batch = next(batches)
+            batch = {**next(batches), "step": self.step}
             keys += batch["key"]
             losses.append(engine.forward_backward(batch, share, is_last=place == count - 1))
         # One exchange a step: the losses, and whether any process was told to stop (they must stop together).
