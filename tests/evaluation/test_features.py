@@ -40,6 +40,7 @@ def pictures(real):
 def test_every_space_keeps_the_protocol():
     assert isinstance(MeanColour(), Extractor)
     assert isinstance(load_extractor("stain-texture"), Extractor)
+    assert isinstance(load_extractor("random-vgg16"), Extractor)
 
 
 def test_features_do_not_depend_on_the_batch(pictures):
@@ -174,3 +175,36 @@ def test_nothing_is_downloaded_unasked(tmp_path, monkeypatch):
     ):
         load_extractor("inception")
     assert features_module.InceptionSpace.dim == 2048
+
+
+def test_the_untrained_space_is_the_same_every_time_and_touches_no_global_chance():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 3, 96, 96), dtype=np.uint8))
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = load_extractor("random-vgg16")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    second = load_extractor("random-vgg16")
+    assert first.describe() == second.describe()
+    torch.testing.assert_close(first(images), second(images), rtol=0, atol=0)
+    torch.testing.assert_close(first(images[1:2])[0], first(images)[1], rtol=1e-4, atol=1e-4)
+    assert first(images).shape == (3, 64)
+
+
+def test_the_untrained_space_sees_blur_and_colour_beyond_the_difference_between_pictures():
+    space = load_extractor("random-vgg16")
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.integers(0, 255, (8, 3, 16, 16), dtype=np.uint8)).float()
+    sharp = torch.nn.functional.interpolate(coarse, size=128, mode="nearest")
+    blurred = torch.nn.functional.avg_pool2d(sharp, 17, stride=1, padding=8, count_include_pad=False)
+    tinted = sharp * torch.tensor([1.0, 0.4, 1.0])[:, None, None]
+    means = {name: space(images.byte()).mean(0) for name, images in
+             {"a": sharp[:4], "b": sharp[4:], "blurred": blurred, "tinted": tinted}.items()}  # fmt: skip
+    floor = (means["a"] - means["b"]).norm()
+    assert (means["blurred"] - means["a"]).norm() > 2 * floor
+    assert (means["tinted"] - means["a"]).norm() > 2 * floor
+
+
+def test_weights_for_a_space_that_draws_its_own_are_refused(tmp_path):
+    with pytest.raises(EvaluationError, match="draws its weights from a seed"):
+        load_extractor("random-vgg16", tmp_path / "weights.safetensors")

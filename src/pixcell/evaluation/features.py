@@ -3,10 +3,12 @@
 ``inception`` is the standard network of the Frechet inception distance, by torch-fidelity, with the standard
 weights; its figures compare with those of other programs. Any encoder of the package is a feature space, too.
 A space that also conditions the generator flatters it: the generator was asked to look right just there.
+``random-vgg16`` needs no weights and conditions nothing: a network that was never trained.
 """
 
 import hashlib
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +16,26 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixcell.console import progress
 from pixcell.errors import EvaluationError, MissingExtra, MissingWeights, WrongWeights
 from pixcell.evaluation.pictures import Picture, PictureSet, fields_of, reading
 from pixcell.files import sha256_of
 from pixcell.models.encoders import Encoder, load_encoder
-from pixcell.models.weights import choose_device, read_weights
+from pixcell.models.weights import choose_device, read_weights, weights_sha256
 
-__all__ = ["EncoderSpace", "Extractor", "Features", "InceptionSpace", "extract", "load_extractor"]
+__all__ = [
+    "EncoderSpace",
+    "Extractor",
+    "Features",
+    "InceptionSpace",
+    "RandomSpace",
+    "extract",
+    "load_extractor",
+]
 
 _INCEPTION_NAME = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_SHA256_START = "6726825d"
@@ -99,6 +110,61 @@ class InceptionSpace:
         }
 
 
+class RandomSpace:
+    """VGG16 with random weights, 64 features: texture and form as a network sees them that learned nothing.
+
+    For pictures unlike those of ImageNet such features rank generators about as well as trained ones, and no
+    generator is conditioned on them. Here the convolutions are followed by a mean over positions and a random
+    projection, instead of two random layers of 4096, so that any size of picture goes in.
+
+    Source: Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models"
+    (https://arxiv.org/abs/2002.09797), section 4, the embedding "R64".
+    """
+
+    name = "random-vgg16"
+    dim = 64
+    _SEED = 0
+    _SIDE = 128
+
+    def __init__(self, device: torch.device) -> None:
+        from torchvision.models import vgg16
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._SEED)
+            with torch.device("meta"):
+                network = vgg16(weights=None, init_weights=False).features
+            network = network.to_empty(device="cpu")
+            for module in network.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                    nn.init.zeros_(module.bias)
+            projection = nn.Linear(512, self.dim, bias=False)
+            nn.init.orthogonal_(projection.weight, math.sqrt(512 / self.dim))
+        self._sha256 = weights_sha256(nn.ModuleList([network, projection]))
+        self._network = network.eval().to(device)
+        self._projection = projection.to(device)
+        self._device = device
+
+    def __call__(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Return (batch, 64) float32 on the CPU."""
+        with torch.inference_mode():
+            pixels = images.to(self._device).float() / 127.5 - 1
+            size = (self._SIDE, self._SIDE)
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+            return self._projection(self._network(pixels).mean((2, 3))).float().cpu()
+
+    def describe(self) -> dict[str, Any]:
+        """Return name, seed, and the checksum of the weights that follow from it."""
+        return {
+            "name": self.name,
+            "dim": self.dim,
+            "sha256": self._sha256,
+            "seed": self._SEED,
+            "resize": f"bilinear, antialiased, to {self._SIDE} x {self._SIDE}",
+            "layer": "last convolutions, mean over positions, random projection",
+        }
+
+
 class EncoderSpace:
     """An encoder of the package as a feature space."""
 
@@ -151,7 +217,8 @@ def load_extractor(
     """Return a feature space by name.
 
     Args:
-        name: ``"inception"``, or an encoder: a name of the encoder table, a timm model, a local folder.
+        name: ``"inception"``, ``"random-vgg16"``, or an encoder: a name of the encoder table, a timm model, a
+            local folder.
         weights: Weights on disk.
         device: Where the network runs.
         download: Whether weights may be downloaded.
@@ -162,6 +229,10 @@ def load_extractor(
     """
     if name == InceptionSpace.name:
         return InceptionSpace(weights or _inception_weights(download), choose_device(device))
+    if name == RandomSpace.name:
+        if weights is not None:
+            raise EvaluationError(f"{name} draws its weights from a seed; leave --extractor-weights out.")
+        return RandomSpace(choose_device(device))
     return EncoderSpace(load_encoder(name, weights=weights, download=download, device=choose_device(device)))
 
 
