@@ -9,8 +9,10 @@ from pydantic import Discriminator, Field, Tag
 from torch import nn
 
 from pixcell.config import Config
+from pixcell.errors import MissingExtra
 
 __all__ = [
+    "AdamW8bitConfig",
     "AdamWConfig",
     "CameConfig",
     "OptimizerConfig",
@@ -28,24 +30,46 @@ class _RateConfig(Config):
     lr: float = Field(2e-5, gt=0)
     """After warm-up. Not scaled by the batch size."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled: each step takes this share of ``lr`` off every weight."""
+    """Decoupled: each step takes ``lr`` times this share off every weight, biases and norms included: the
+    paper gives a value and names no exceptions."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up: as it is, or down to ``final_lr_share`` along half a cosine."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the rate rises from 0, in optimiser steps of the whole run (not per process)."""
+    """Over how many the rate rises in a line: to ``lr`` at the last of them."""
+    warmup: Literal["from-first-step", "from-zero"] = "from-first-step"
+    """Whether the first step has its share of ``lr`` already (1/n, 2/n, ...), or none (0, 1/n, ...) as in the
+    released code, whose first step moves no weight."""
+    warmup_advance: int = Field(1, gt=0)
+    """How many warm-up steps pass with each step of the optimiser. In the released code they pass once for
+    each process: with 16, its 1,000 are over after 63 steps."""
     final_lr_share: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a share of ``lr``."""
     clip_norm: float | None = Field(None, gt=0)
     """Longest gradient, by its norm over all weights. None: not clipped."""
 
 
-class AdamWConfig(_RateConfig):
-    """AdamW: two moments per weight."""
-
-    name: Literal["adamw"] = "adamw"
+class _AdamConfig(_RateConfig):
     beta1: _Share = 0.9
     beta2: _Share = 0.999
     eps: float = Field(1e-8, gt=0)
+
+
+class AdamWConfig(_AdamConfig):
+    """AdamW: two moments per weight."""
+
+    name: Literal["adamw"] = "adamw"
+
+
+class AdamW8bitConfig(_AdamConfig):
+    """AdamW with moments of eight bits: a quarter of their memory, and coarser.
+
+    They are kept in blocks of 256 with one scale each; tensors below 4,096 values keep theirs in float32.
+
+    Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"
+    (https://arxiv.org/abs/2110.02861), by the authors' package ``bitsandbytes`` (extra ``8bit``).
+    """
+
+    name: Literal["adamw-8bit"] = "adamw-8bit"
 
 
 class CameConfig(_RateConfig):
@@ -73,18 +97,24 @@ def _name_of(value: Any) -> Any:
 
 
 OptimizerConfig = Annotated[
-    Annotated[AdamWConfig, Tag("adamw")] | Annotated[CameConfig, Tag("came")],
+    Annotated[AdamWConfig, Tag("adamw")]
+    | Annotated[AdamW8bitConfig, Tag("adamw-8bit")]
+    | Annotated[CameConfig, Tag("came")],
     Discriminator(
         _name_of,
         custom_error_type="unknown_optimizer",
-        custom_error_message="the name of an optimizer is adamw or came",
+        custom_error_message="the name of an optimizer is adamw, adamw-8bit or came",
     ),
 ]
 """One of the optimisers; a recipe that names none means AdamW."""
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of all weights that want a gradient."""
+    """Return the optimiser of all weights that want a gradient, in one group.
+
+    Raises:
+        MissingExtra: If a package is needed that is not installed.
+    """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if isinstance(config, CameConfig):
         from came_pytorch import CAME
@@ -98,6 +128,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
             weight_decay=config.weight_decay,
         )
         return came
+    if isinstance(config, AdamW8bitConfig):
+        low_bits: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(
+            weights,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        return low_bits
     return torch.optim.AdamW(
         weights,
         lr=config.lr,
@@ -108,6 +147,14 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     )
 
 
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MissingExtra("bitsandbytes", "8bit", "optimizer.name adamw-8bit") from error
+    return bitsandbytes
+
+
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """Return the rate of a step; ``step`` 0 is the first.
 
@@ -115,11 +162,16 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
         >>> config = AdamWConfig(lr=1.0, warmup_steps=2, schedule="cosine")
         >>> [round(learning_rate(config, step, 6), 3) for step in range(6)]
         [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+        >>> released = AdamWConfig(lr=1.0, warmup_steps=1000, warmup="from-zero", warmup_advance=16)
+        >>> [learning_rate(released, step, 6000) for step in (0, 1, 62, 63)]
+        [0.0, 0.016, 0.992, 1.0]
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    passed = (step + (config.warmup == "from-first-step")) * config.warmup_advance
+    if passed < config.warmup_steps:
+        return config.lr * passed / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    warm = math.ceil(config.warmup_steps / config.warmup_advance)
+    progress = max(0, step - warm) / max(1, num_steps - warm)
     share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * share)
