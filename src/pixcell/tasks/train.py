@@ -38,10 +38,17 @@ _FREE = {
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.tensorboard",
+    "trainer.wandb",
+    "trainer.wandb.project",
+    "trainer.wandb.entity",
+    "trainer.wandb.group",
+    "trainer.wandb.tags",
+    "trainer.wandb.mode",
     "trainer.workers",
     "objective.scheduler",
     "objective.preview_steps",
     "objective.preview_guidance",
+    "objective.preview_guidance_also",
 }
 
 

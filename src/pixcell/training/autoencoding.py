@@ -30,7 +30,7 @@ from pixcell.models.codec import to_uint8
 from pixcell.models.weights import weights_sha256
 from pixcell.provenance import environment
 from pixcell.training.determinism import Without
-from pixcell.training.objectives import Losses, Preview, picture_rows, spread_over
+from pixcell.training.objectives import Losses, Preview, spread_over
 
 __all__ = ["Autoencoding", "AutoencodingConfig", "ImageCrops"]
 
@@ -107,7 +107,9 @@ class Autoencoding:
     ) -> None:
         self.trainable, self.config = model, config
         self.samples = ImageCrops(fields, config.crop_size, model.config.latent_channels, held_out)
-        self._held_out = torch.stack([item["image"] for item in fields.__getitems__(held_out)])
+        items = fields.__getitems__(held_out)
+        self._held_out = torch.stack([item["image"] for item in items])
+        self._held_out_names = [item["key"] for item in items]
         self._measured_on = spread_over(_MEASURED, len(fields)) or [0]
         self._device = torch.device("cpu")
 
@@ -149,7 +151,7 @@ class Autoencoding:
         pictures = to_uint8(restored / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
         originals = self._held_out.permute(0, 2, 3, 1).numpy()
         rows = {"real, held out": list(originals), f"reconstructed, {psnr:.1f} dB": list(pictures)}
-        return Preview(picture_rows(rows), {"psnr_db": float(psnr)})
+        return Preview.of_rows(rows, {"psnr_db": float(psnr)}, self._held_out_names)
 
     @torch.no_grad()
     def export(self, folder: Path, previous: Path | None) -> None:

@@ -34,7 +34,7 @@ from pixcell.provenance import environment
 from pixcell.training.alignment import Alignment, AlignmentConfig
 from pixcell.training.checkpoints import link_or_copy
 from pixcell.training.determinism import Without, rng_for
-from pixcell.training.objectives import Losses, Preview, picture_rows
+from pixcell.training.objectives import Losses, Preview
 
 __all__ = ["Denoising", "DenoisingConfig", "LogitNormalTimes", "NoisyFields", "UniformTimes"]
 
@@ -99,6 +99,8 @@ class DenoisingConfig(Config):
     preview_steps: int = Field(20, gt=0)
     preview_guidance: float = Field(2.0, ge=0)
     """Of the previews; saved with the model as what `pixcell sample` takes if told nothing else."""
+    preview_guidance_also: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """More guidance scales to look at, each in a row of the preview."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -291,21 +293,24 @@ class Denoising:
     def preview(self) -> Preview:
         """Show held-out fields above pictures generated from their embeddings, with the held-out error.
 
-        Same noise at every checkpoint: what changes from preview to preview is the model.
+        Same fields and same noise at every checkpoint: what changes from preview to preview is the model.
         """
         items = self.samples.fields.__getitems__(self._held_out)
         embeddings = torch.stack([item["embedding_grid"].float() for item in items])
-        images = self._pipeline(
-            Conditioning(embeddings),
-            num_inference_steps=self.config.preview_steps,
-            guidance_scale=self.config.preview_guidance,
-            generator=[generator_for(0, index) for index in range(len(items))],
-            output_type="pil",
-            return_dict=False,
-        )[0]
-        generated = f"generated from their embeddings, guidance {self.config.preview_guidance:g}"
-        rows = {"real, held out": self._pictures, generated: [np.asarray(image) for image in images]}
-        return Preview(picture_rows(rows), {"mse": self._held_out_error(items)})
+        rows = {"real, held out": self._pictures}
+        for guidance_scale in (self.config.preview_guidance, *self.config.preview_guidance_also):
+            images = self._pipeline(
+                Conditioning(embeddings),
+                num_inference_steps=self.config.preview_steps,
+                guidance_scale=guidance_scale,
+                generator=[generator_for(0, index) for index in range(len(items))],
+                output_type="pil",
+                return_dict=False,
+            )[0]
+            generated = f"generated from their embeddings, guidance {guidance_scale:g}"
+            rows[generated] = [np.asarray(image) for image in images]
+        names = [item["key"] for item in items]
+        return Preview.of_rows(rows, {"mse": self._held_out_error(items)}, names)
 
     def _held_out_error(self, items: Sequence[Mapping[str, Any]]) -> float:
         """Squared error of the noise, over evenly spread timesteps and fixed noise: comparable over a run."""

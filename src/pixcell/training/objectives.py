@@ -21,13 +21,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw
+from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["Grown", "Losses", "Objective", "Preview", "Samples", "picture_rows", "spread_over"]
+from pixcell.training.previews import Preview, picture_rows
 
-_GAP, _CAPTION = 4, 18
+__all__ = ["Grown", "Losses", "Objective", "Preview", "Samples", "picture_rows", "spread_over"]
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,6 @@ class Losses:
     """What the loss is made of, or other figures of each sample, for the log."""
     times: Float[Tensor, " batch"] | None = None
     """How noisy each sample was, from 0 (clean) to 1. None where there is no such thing."""
-
-
-@dataclass(frozen=True)
-class Preview:
-    """A look at the model on samples it was not trained on."""
-
-    picture: UInt8[np.ndarray, "height width 3"]
-    figures: Mapping[str, float] = field(default_factory=dict)
-    """Written to the metrics, as ``held_out/<name>``."""
 
 
 @runtime_checkable
@@ -111,24 +101,6 @@ class Grown(Protocol):
     @property
     def growth(self) -> Mapping[str, Any] | None:
         """What was carried, rebuilt and dropped, as JSON values. None: from scratch, or the run goes on."""
-
-
-def picture_rows(
-    rows: Mapping[str, Sequence[UInt8[np.ndarray, "height width 3"]]],
-) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
-    """Lay pictures out in captioned rows, column under column."""
-    height, width = next(iter(rows.values()))[0].shape[:2]
-    columns = max(len(pictures) for pictures in rows.values())
-    sheet = Image.new(
-        "RGB", (columns * (width + _GAP) + _GAP, len(rows) * (height + _CAPTION + _GAP)), "white"
-    )
-    pen = ImageDraw.Draw(sheet)
-    for row, (caption, pictures) in enumerate(rows.items()):
-        top = row * (height + _CAPTION + _GAP)
-        pen.text((_GAP, top + 3), caption, fill="black")
-        for column, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (column * (width + _GAP) + _GAP, top + _CAPTION))
-    return np.asarray(sheet)
 
 
 def spread_over(count: int, total: int) -> list[int]:

@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 from pixcell.console import console, progress
 from pixcell.errors import RecipeError, RunError
 from pixcell.files import writing_to
-from pixcell.provenance import save_synthetic_png
 from pixcell.training.averages import AveragedWeights
 from pixcell.training.checkpoints import Checkpoint, prune, remove_unfinished, write_checkpoint
 from pixcell.training.determinism import BatchPlan, Ticket, rng_for
@@ -34,6 +33,7 @@ from pixcell.training.metrics import MetricsLog
 from pixcell.training.objectives import Losses, Objective, Samples
 from pixcell.training.optimizers import OptimizerConfig, learning_rate, make_optimizer
 from pixcell.training.order import SampleOrder
+from pixcell.training.previews import save_preview
 from pixcell.training.run_state import RunState
 from pixcell.training.trainer_config import TrainerConfig
 
@@ -266,17 +266,14 @@ class Trainer:
     def _preview(self, metrics: MetricsLog | None) -> dict[str, float]:
         """Write a picture of the model as it is; return the figures that go with it."""
         preview = self.objective.preview()
-        record = {
-            "preview_of": self.run.name,
-            "step": self.step,
-            "note": "rows of real tissue are captioned so",
-        }
-        save_synthetic_png(self.run / "previews" / f"step-{self.step:08d}.png", preview.picture, record)
+        seen = self.step * self.config.batch_size
+        title = f"{self.run.name}, step {self.step:,} of {self.config.steps:,}, {seen:,} samples seen"
+        picture = save_preview(self.run, self.step, preview, title)
         figures = {f"held_out/{name}": value for name, value in preview.figures.items()}
         # Before the checkpoint: killed in between, the line is taken back and written again.
         if metrics:
             metrics.write(self.step, figures)
-            metrics.write_picture(self.step, "preview", preview.picture)
+            metrics.write_picture(self.step, "preview", picture)
         return figures
 
     def _resume(self) -> None:
