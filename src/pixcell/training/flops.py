@@ -26,7 +26,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixcell.training.objectives import Objective
 
-__all__ = ["PUBLISHED_PEAKS", "Peak", "flop_use", "peak_of", "training_flops"]
+__all__ = [
+    "PUBLISHED_PEAKS",
+    "Peak",
+    "flop_use",
+    "matmul_precision",
+    "peak_of",
+    "published_peak",
+    "training_flops",
+]
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -127,7 +135,7 @@ def flop_use(flops_per_sample: float, samples_per_s: float, peak: Peak, num_devi
 
 
 def peak_of(
-    device: torch.device, precision: Precision, matmul_precision: MatmulPrecision = "highest"
+    device: torch.device, precision: Precision, rounding: MatmulPrecision = "highest"
 ) -> Peak:
     """Return the peak of a device in the number format that a training multiplies in.
 
@@ -137,21 +145,32 @@ def peak_of(
     Args:
         device: Where the training runs.
         precision: ``trainer.precision``.
-        matmul_precision: ``trainer.matmul_precision``, which decides for fp32.
+        rounding: ``trainer.matmul_precision``, which decides for fp32.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        products = "tf32" if precision == "fp32" and matmul_precision != "highest" else precision
-        published = _published(name, products)
+        products = "tf32" if precision == "fp32" and rounding != "highest" else precision
+        published = published_peak(name, products)
         if published is not None:
             return Peak(published, name, products, is_measured=False)
-        return Peak(_measured(device, precision, matmul_precision), name, products, is_measured=True)
+        return Peak(_measured(device, precision, rounding), name, products, is_measured=True)
     name = f"{torch.get_num_threads()} thread(s) of the processor" if device.type == "cpu" else device.type
-    products = f"fp32 ({matmul_precision})" if precision == "fp32" else precision
-    return Peak(_measured(device, precision, matmul_precision), name, products, is_measured=True)
+    products = f"fp32 ({rounding})" if precision == "fp32" else precision
+    return Peak(_measured(device, precision, rounding), name, products, is_measured=True)
 
 
-def _published(name: str, products: str) -> float | None:
+def published_peak(name: str, products: str) -> float | None:
+    """Return what the maker of a device states, in FLOP/s; None if it is not in :data:`PUBLISHED_PEAKS`.
+
+    Args:
+        name: As the driver gives it; the model's name is found in it.
+        products: fp32, tf32, bf16 or fp16.
+
+    Examples:
+        >>> published_peak("NVIDIA A100-SXM4-80GB", "bf16")
+        312000000000000.0
+        >>> published_peak("Tesla T4", "bf16")  # which it does not have
+    """
     for pattern, peaks in PUBLISHED_PEAKS:
         # As a word: there is an A10, an A10G and an A100-SXM4-80GB.
         if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", name):
@@ -159,17 +178,23 @@ def _published(name: str, products: str) -> float | None:
     return None
 
 
-def _measured(device: torch.device, precision: Precision, matmul_precision: MatmulPrecision) -> float:
+@contextlib.contextmanager
+def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
+    """Let float32 products be rounded, for the length of a block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _measured(device: torch.device, precision: Precision, rounding: MatmulPrecision) -> float:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     size = _SIZE.get(device.type, 2048)
     factor = torch.full((size, size), 0.5, device=device, dtype=dtype)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul_precision)
-    try:
-        seconds = min(_seconds(factor) for _ in range(_TRIES))
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return 2 * size**3 / seconds
+    with matmul_precision(rounding):
+        return 2 * size**3 / min(_seconds(factor) for _ in range(_TRIES))
 
 
 def _seconds(factor: Tensor) -> float:
