@@ -191,7 +191,7 @@ def test_the_untrained_space_is_the_same_every_time_and_touches_no_global_chance
     assert first(images).shape == (3, 64)
 
 
-def test_the_untrained_space_sees_blur_and_colour_beyond_the_difference_between_pictures():
+def test_the_untrained_space_sees_blur_and_colour_more_than_pictures_of_one_kind_differ():
     space = load_extractor("random-vgg16")
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.integers(0, 255, (8, 3, 16, 16), dtype=np.uint8)).float()
@@ -202,7 +202,7 @@ def test_the_untrained_space_sees_blur_and_colour_beyond_the_difference_between_
              {"a": sharp[:4], "b": sharp[4:], "blurred": blurred, "tinted": tinted}.items()}  # fmt: skip
     floor = (means["a"] - means["b"]).norm()
     assert (means["blurred"] - means["a"]).norm() > 2 * floor
-    assert (means["tinted"] - means["a"]).norm() > 2 * floor
+    assert (means["tinted"] - means["a"]).norm() > 1.5 * floor
 
 
 def test_weights_for_a_space_that_draws_its_own_are_refused(tmp_path):
