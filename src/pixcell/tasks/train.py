@@ -11,19 +11,18 @@ runs/<name>/
 
 import contextlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from pixcell.config import load_recipe, save_recipe
 from pixcell.console import facts, is_main_process
-from pixcell.errors import OutputError, RunError
+from pixcell.errors import OutputError, RecipeError, RunError
 from pixcell.files import write_json, writing_to
 from pixcell.provenance import environment, now
 from pixcell.training.checkpoints import Checkpoint, exclusively
+from pixcell.training.differences import differences
 from pixcell.training.objectives import Grown
 from pixcell.training.recipe import TrainRecipe, build_objective
 from pixcell.training.trainer import Trainer
@@ -142,26 +141,19 @@ def _must_be_same_recipe(run: Path, recipe: TrainRecipe) -> None:
     path = run / "recipe.yaml"
     if not path.is_file() or Checkpoint.last(run) is None:
         return
-    before = _flat(load_recipe(TrainRecipe, path).model_dump(mode="json"))
-    wanted = _flat(recipe.model_dump(mode="json"))
-    free = _FREE | ({"trainer.steps"} if recipe.optimizer.schedule == "constant" else set())
-    differences = [
-        f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}"
-        for key in sorted({*before, *wanted} - free)
-        if before.get(key) != wanted.get(key)
-    ]
-    if differences:
+    try:
+        before = load_recipe(TrainRecipe, path).model_dump(mode="json")
+    except RecipeError as error:
         raise RunError(
-            f"{run} was begun by another recipe: {'; '.join(differences)}. "
+            f"{run} was begun by another version of pixcell, whose recipe this one does not understand: "
+            f"{error} Go on with that version, or choose another folder with --run."
+        ) from error
+    free = _FREE | ({"trainer.steps"} if recipe.optimizer.schedule == "constant" else set())
+    if found := differences(before, recipe.model_dump(mode="json"), free):
+        raise RunError(
+            f"{run} was begun by another recipe: {'; '.join(found)}. "
             f"Choose another folder with --run, or go on by its own recipe: pixcell train {path}"
         )
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _note_environment(path: Path) -> None:

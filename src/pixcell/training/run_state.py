@@ -24,6 +24,7 @@ from pixcell.errors import RunError, listed
 from pixcell.files import write_json
 from pixcell.training.averages import AveragedWeights
 from pixcell.training.checkpoints import Checkpoint
+from pixcell.training.differences import differences
 from pixcell.training.engine import Engine
 
 __all__ = ["RunState", "WeightsChoice", "weights_of"]
@@ -108,10 +109,9 @@ class RunState:
         Raises:
             RunError: Names what differs.
         """
-        differences = _differences(self.data, json.loads(json.dumps(data)))
-        if differences:
+        if found := differences(self.data, json.loads(json.dumps(data))):
             raise RunError(
-                f"{run} cannot go on: its data are not those it began with ({'; '.join(differences)}). "
+                f"{run} cannot go on: its data are not those it began with ({'; '.join(found)}). "
                 "Choose another folder with --run to train on the new data."
             )
 
@@ -180,15 +180,3 @@ def _decays_in(progress: Mapping[str, Any]) -> list[float | None]:
 
 def _averages_file(decays: Sequence[float | None], place: int) -> str:
     return f"averages-{decays[place]}.safetensors" if place else "averages.safetensors"
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Say which values differ between two nested mappings."""
-    found = []
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name} was {old!r} and is {new!r}")
-    return found

@@ -175,8 +175,13 @@ def _initial(
         )
     transformer = load_transformer(folder / "transformer")
     if checkpoint is not None and weights != "averaged":
-        names = transformer.state_dict()
-        fit_weights(transformer, weights_of(checkpoint, weights, names), str(checkpoint.state))
+        values = weights_of(checkpoint, weights, transformer.state_dict())
+        if values is None:
+            raise ModelError(
+                f"model.init {place} trained another model than the transformer in its pipeline. Give the "
+                "run that trained it, or take the one in the pipeline: model.init_weights=averaged."
+            )
+        fit_weights(transformer, values, str(checkpoint.state))
     facts = folder / "pixcell.json"
     return transformer, json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}, origin
 
