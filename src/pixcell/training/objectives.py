@@ -24,9 +24,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pixcell.training.determinism import Order
 from pixcell.training.previews import Preview, picture_rows
 
-__all__ = ["Grown", "Losses", "Objective", "Preview", "Samples", "picture_rows", "spread_over"]
+__all__ = [
+    "Grown",
+    "Losses",
+    "Objective",
+    "OrderedSamples",
+    "Preview",
+    "Samples",
+    "picture_rows",
+    "spread_over",
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,18 @@ class Samples(Protocol):
 
         Everything random about a sample (crop, noise, time, dropout) is drawn here, from its own generator
         and nothing else: that is what makes a resumed run equal to one that was left alone.
+
+        Raises:
+            UnreadableTile: If one of them cannot be read. Asked for one by one, the others must come.
         """
+
+
+@runtime_checkable
+class OrderedSamples(Samples, Protocol):
+    """Samples that come in an order of their own; others come each once an epoch, well shuffled."""
+
+    def order(self, seed: int) -> Order:
+        """Return the order of a run."""
 
 
 @runtime_checkable
@@ -79,7 +100,8 @@ class Objective(Protocol):
         """Return the losses of a batch.
 
         Args:
-            batch: Collated samples, and ``step``: the number of the step, from 0.
+            batch: Collated samples, and ``step``: the number of the step, from 0. Outside of training there
+                may be no step; that counts as the first.
         """
 
     def preview(self) -> Preview:

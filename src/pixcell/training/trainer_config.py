@@ -1,11 +1,13 @@
 """What a recipe says about the loop itself: how long, how much at a time, how precisely, and what is kept."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pixcell.config import Config
+from pixcell.training.loading import OnBadTile
 from pixcell.training.metrics import WandbConfig
 
 __all__ = ["TrainerConfig"]
@@ -14,8 +16,11 @@ __all__ = ["TrainerConfig"]
 class TrainerConfig(Config):
     """How long, how much at a time, how precisely, and what is kept."""
 
-    steps: int = Field(gt=0)
+    steps: int | None = Field(None, gt=0)
     """Optimiser steps of the whole run."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run instead of ``steps``: how often as many samples as there are pass, rounded up to
+    whole steps. Of mixed groups some come more often than that, others less."""
     batch_size: int = Field(gt=0)
     """Samples a step, over all processes and micro-batches."""
     micro_batch_size: int | None = Field(None, gt=0)
@@ -43,7 +48,22 @@ class TrainerConfig(Config):
     """Loader processes; 0 prepares samples between steps. Does not change the run."""
     device: Literal["auto", "cpu"] = "auto"
     """``auto``: the accelerator that the launcher assigns, else the CPU."""
+    on_bad_tile: OnBadTile = "fail"
+    """A tile that cannot be read ends the run, or is dropped from its batch: it has no part in the loss, is
+    listed in ``dropped.jsonl``, and is never replaced by another one."""
     seed: int = Field(0, ge=0, lt=2**63)
+
+    def num_steps(self, num_samples: int) -> int:
+        """Return the steps of the whole run on so many samples.
+
+        Examples:
+            >>> TrainerConfig(epochs=2, batch_size=16).num_steps(100)
+            13
+        """
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # one of the two is given
+        return math.ceil(self.epochs * num_samples / self.batch_size)
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +76,17 @@ class TrainerConfig(Config):
             "ema_decays": [content["ema_decay"]],
             **{key: value for key, value in content.items() if key != "ema_decay"},
         }
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            if self.steps is None:
+                raise ValueError("give the length of the run, as steps or as epochs")
+            raise ValueError(
+                f"steps {self.steps} and epochs {self.epochs:g} are two lengths of one run; give one of them "
+                "(--set trainer.steps=null takes the steps of a recipe out)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _averages_and_checkpoints_can_be_told_apart(self) -> Self:
