@@ -6,12 +6,10 @@ saved beside the result, so that reading it tells the whole run.
 """
 
 import difflib
-import functools
-import operator
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -158,13 +156,23 @@ def _number(text: str) -> str | float:
 def _explain(error: ValidationError, kind: type[Config], source: str) -> str:
     lines = []
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
+        kinds, place = _walk(kind, problem["loc"])
         if problem["type"] == "extra_forbidden":
-            valid = sorted(_keys_at(kind, problem["loc"][:-1]))
-            hint = _nearest(str(problem["loc"][-1]), valid) or f" Valid keys: {', '.join(valid)}."
-            lines.append(f"unknown key {place!r}.{hint}")
+            *above, key = problem["loc"]
+            kinds, place = _walk(kind, above)
+            valid = sorted(set().union(*(model.model_fields for model in kinds)))
+            hint = _nearest(str(key), valid) or f" Valid keys: {', '.join(valid)}."
+            lines.append(f"unknown key '{f'{place}.' if place else ''}{key}'.{hint}")
         elif problem["type"] == "missing":
             lines.append(f"{place!r} is missing.")
+        elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            names = [tag for model in kinds for tag in _tags_of(model)]
+            choices = ", ".join(repr(name) for name in names)
+            if problem["type"] == "union_tag_not_found":
+                lines.append(f"'{place}.name' is missing: one of {choices}.")
+            else:
+                given = str(problem["ctx"]["tag"])
+                lines.append(f"{place}: no name {given!r}; it is one of {choices}.{_nearest(given, names)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
@@ -172,23 +180,33 @@ def _explain(error: ValidationError, kind: type[Config], source: str) -> str:
     return f"{source}: " + " ".join(lines)
 
 
-def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> set[str]:
-    """Collect the keys valid at a place of a nested configuration, through unions."""
-    kinds = [kind]
+def _walk(kind: type[BaseModel], location: Sequence[str | int]) -> tuple[list[type[BaseModel]], str]:
+    """Follow a place into a nested configuration.
+
+    Returns:
+        The classes that may stand there, and the place as a recipe writes it: which class of a union was
+        chosen is a part of pydantic's places, and no key.
+    """
+    kinds, shown = [kind], []
     for part in location:
-        if isinstance(part, str) and any(part in model.model_fields for model in kinds):
-            annotations = [
-                model.model_fields[part].annotation for model in kinds if part in model.model_fields
-            ]
+        holders = [model for model in kinds if part in model.model_fields]
+        tagged = [model for model in kinds if part in (*_tags_of(model), model.__name__)]
+        if holders:
+            annotations = [model.model_fields[str(part)].annotation for model in holders]
             kinds = [model for annotation in annotations for model in _models_in(annotation)]
-        elif isinstance(part, str):  # the tag of a discriminated union
-            tagged = [
-                model
-                for model in kinds
-                if "name" in model.model_fields and model.model_fields["name"].default == part
-            ]
-            kinds = tagged or kinds
-    return functools.reduce(operator.or_, (set(model.model_fields) for model in kinds), set())
+        elif tagged:
+            kinds = tagged
+            continue
+        shown.append(str(part))
+    return kinds, ".".join(shown)
+
+
+def _tags_of(model: type[BaseModel]) -> tuple[str, ...]:
+    """The names by which a recipe chooses a class among several."""
+    field = model.model_fields.get("name")
+    if field is None or typing.get_origin(field.annotation) is not Literal:
+        return ()
+    return tuple(str(tag) for tag in typing.get_args(field.annotation))
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -200,8 +218,9 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    by_letters = {known.lower(): known for known in words}
+    near = difflib.get_close_matches(word.lower(), by_letters, n=1, cutoff=0.6)
+    return f" Did you mean {by_letters[near[0]]!r}?" if near else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -166,35 +166,6 @@ def test_an_objective_needs_its_own_model():
         parse_recipe(TrainRecipe, content)
 
 
-@pytest.mark.parametrize("name", ["train-256", "train-512", "train-1024", "nano-codec", "nano"])
-def test_the_recipes_of_the_package_are_valid(name):
-    assert load_recipe(TrainRecipe, name).name
-
-
-@pytest.mark.parametrize(
-    ("name", "steps", "batch", "size"),
-    [("train-256", 120_000, 4096, 256), ("train-512", 60_000, 1536, 512), ("train-1024", 80_000, 384, 1024)],
-)
-def test_the_published_stages_have_the_values_of_the_paper(name, steps, batch, size):
-    recipe = load_recipe(TrainRecipe, name)
-    assert (recipe.trainer.steps, recipe.trainer.batch_size, recipe.data.size) == (steps, batch, size)
-    optimizer = recipe.optimizer
-    assert (optimizer.name, optimizer.lr, optimizer.weight_decay, optimizer.schedule) == (
-        "adamw",
-        2e-5,
-        0.03,
-        "constant",
-    )
-    assert (recipe.objective.drop_conditioning, recipe.trainer.ema_decays) == (0.1, (0.9999,))
-    model = recipe.model
-    assert (model.num_layers, model.num_attention_heads, model.attention_head_dim, model.patch_size) == (
-        28,
-        16,
-        72,
-        2,
-    )
-
-
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", "tab\there"])
 def test_a_recipe_cannot_name_a_folder_outside_runs(recipe, name):
     with pytest.raises(RecipeError, match="cannot name a run's folder"):

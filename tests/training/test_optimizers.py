@@ -197,7 +197,7 @@ def test_a_recipe_that_names_no_optimizer_means_adamw():
     ("override", "message"),
     [
         ("name=sgd", "the name of an optimizer is adamw, adamw-8bit or came"),
-        ("beta1=0.5", r"unknown key 'optimizer\.came\.beta1'. Did you mean 'betas'"),
+        ("beta1=0.5", r"unknown key 'optimizer\.beta1'. Did you mean 'betas'"),
         ("betas=[0.9,0.999,1.5]", "less than 1"),
         ("eps=[1.0e-30,0.0]", "greater than 0"),
     ],

@@ -248,7 +248,7 @@ class Denoising:
         if alignment is None:
             terms, _ = self._compare(batch)
             return self._losses(batch, terms, terms.loss)
-        if not alignment.config.acts_at(batch["step"]):
+        if not alignment.config.acts_at(batch.get("step", 0)):
             terms, _ = self._compare(batch)
             return self._losses(batch, terms, terms.loss + alignment.at_rest())
         terms, tokens = self._compare(batch, alignment.config.layer)
