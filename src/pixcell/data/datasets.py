@@ -5,13 +5,14 @@ embedding grids of whole tiles, so a tile is encoded once whatever size is train
 are counted in row-major order.
 """
 
+import contextlib
 import errno
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pixcell.data.index import tiles_where
 from pixcell.data.sealed import OpenFiles
+from pixcell.data.tile_source import BlockSource, TileColumn, TileImages, TileSource
 from pixcell.errors import (
     CorruptShard,
     MissingColumn,
@@ -37,78 +39,6 @@ __all__ = ["BlockSource", "FieldDataset", "TileColumn", "TileImages", "TileSourc
 # What the machine lacks, and not a tile: another tile would fail as well.
 _NOT_OF_A_TILE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _BLOCK = "block of the row"  # no attribute is called so
-
-
-@runtime_checkable
-class TileColumn(Protocol):
-    """Fixed-size records of tiles, ``(rows, columns, ...)``; :class:`pixcell.data.columns.Column` is one."""
-
-    @property
-    def made_by(self) -> Mapping[str, Any]:
-        """What made the column."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one tile's record."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of the records."""
-
-    @property
-    def num_tiles(self) -> Mapping[str, int]:
-        """Number of tiles per slide that is done."""
-
-    def read_into(self, out: np.ndarray, slide_id: str, tile: int, fields: Box) -> None:
-        """Read some fields of a tile into a contiguous array."""
-
-
-@runtime_checkable
-class TileImages(Protocol):
-    """The pixels of a slide's tiles; :class:`pixcell.data.images.ImageShard` is one."""
-
-    def image(self, tile: int) -> np.ndarray:
-        """Return a tile, (height, width, 3) uint8."""
-
-
-@runtime_checkable
-class TileSource(Protocol):
-    """Where tiles come from; :class:`pixcell.data.store.TileStore` is one.
-
-    Another storage is a class with these members that passes ``tests/data/tile_source_contract.py``.
-    It must pickle, so that worker processes can open it.
-    """
-
-    @property
-    def tile_size(self) -> int:
-        """Side of a tile, in pixels."""
-
-    @property
-    def mpp(self) -> float:
-        """Microns per pixel."""
-
-    def columns(self) -> list[str]:
-        """Return the names of all columns, ``images`` among them."""
-
-    def index(self) -> pa.Table:
-        """Return one row per tile: ``slide_id``, ``tile``, ``x``, ``y``, and attributes."""
-
-    def column(self, name: str) -> TileColumn:
-        """Open a column of records."""
-
-    def images(self, slide_id: str) -> TileImages:
-        """Open the images of a slide."""
-
-
-@runtime_checkable
-class BlockSource(TileSource, Protocol):
-    """A source that is read in large pieces, such as shards fetched whole."""
-
-    def blocks(self) -> np.ndarray:
-        """Return for each row of the index the number of the block it is read with.
-
-        Rows of one block stand together in the index.
-        """
 
 
 class FieldDataset(Dataset[dict[str, Any]]):
@@ -200,6 +130,17 @@ class FieldDataset(Dataset[dict[str, Any]]):
         return {kind: column.made_by for kind, column in self._parts[0].columns.items()}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of an item, without reading one."""
+        batch = self._parts[0].empty_batch(0, self.size, self.images)
+        shapes = {kind: tuple(values.shape[1:]) for kind, values in batch.items()}
+        if latents := shapes.pop("latents", None):
+            half = (latents[0] // 2, *latents[1:])
+            shapes |= {"posterior_mean": half, "posterior_std": half}
+        names = {"embeddings": "embedding_grid", "images": "image"}
+        return {names.get(kind, kind): shape for kind, shape in shapes.items()}
+
+    @property
     def num_tiles(self) -> int:
         """Number of tiles the fields are cut from."""
         return sum(len(part.tile) for part in self._parts)
@@ -256,6 +197,15 @@ class FieldDataset(Dataset[dict[str, Any]]):
                 batch["embedding_grid" if kind == "embeddings" else "image"] = values
         batch["key"] = [self._parts[number].key(tile, field) for number, tile, field in places]
         return [_Field(batch, row) for row in range(len(places))]
+
+    def readable(self, indices: Sequence[int]) -> list[int]:
+        """Return those of some fields that can be read, by reading them one by one."""
+        result = []
+        for index in indices:
+            with contextlib.suppress(UnreadableTile):
+                self.__getitems__([index])
+                result.append(index)
+        return result
 
     def key(self, index: int) -> str:
         """Return the key of an item without reading it."""

@@ -29,7 +29,7 @@ from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.codec import to_uint8
 from pixcell.models.weights import weights_sha256
 from pixcell.provenance import environment
-from pixcell.training.determinism import Without
+from pixcell.training.mixing import FieldPlan, FieldSamples, fields_to_show
 from pixcell.training.objectives import Losses, Preview, spread_over
 
 __all__ = ["Autoencoding", "AutoencodingConfig", "ImageCrops"]
@@ -50,21 +50,23 @@ class AutoencodingConfig(Config):
     """Weight of the divergence of the posterior from N(0, 1), in nats per latent value."""
 
 
-class ImageCrops:
+class ImageCrops(FieldSamples):
     """Random crops of fields, flipped and turned by quarters. Tissue has no up and no left."""
 
     def __init__(
-        self, fields: FieldDataset, crop_size: int, latent_channels: int, held_out: Sequence[int]
+        self,
+        fields: FieldDataset,
+        crop_size: int,
+        latent_channels: int,
+        held_out: Sequence[int],
+        plan: FieldPlan | None = None,
     ) -> None:
         if crop_size > fields.size:
             raise RecipeError(
                 f"objective.crop_size {crop_size} is larger than data.size {fields.size}: choose less."
             )
-        self.fields, self.crop_size, self.latent_channels = fields, crop_size, latent_channels
-        self._kept, self._count = Without(held_out), len(fields) - len(held_out)
-
-    def __len__(self) -> int:
-        return self._count
+        super().__init__(fields, held_out, plan)
+        self.crop_size, self.latent_channels = crop_size, latent_channels
 
     def draw(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[dict[str, Any]]:
         """Return uint8 crops, and the noise of the draws from their posteriors."""
@@ -96,6 +98,7 @@ class Autoencoding:
         fields: With images.
         config: How a reconstruction is judged.
         held_out: Indices of fields kept out of training, for previews and the figures that go with them.
+        plan: Which fields come when.
     """
 
     def __init__(
@@ -104,13 +107,14 @@ class Autoencoding:
         fields: FieldDataset,
         config: AutoencodingConfig,
         held_out: Sequence[int],
+        plan: FieldPlan | None = None,
     ) -> None:
         self.trainable, self.config = model, config
-        self.samples = ImageCrops(fields, config.crop_size, model.config.latent_channels, held_out)
-        items = fields.__getitems__(held_out)
+        self.samples = ImageCrops(fields, config.crop_size, model.config.latent_channels, held_out, plan)
+        items = fields.__getitems__(fields_to_show(held_out, plan, fields))
         self._held_out = torch.stack([item["image"] for item in items])
         self._held_out_names = [item["key"] for item in items]
-        self._measured_on = spread_over(_MEASURED, len(fields)) or [0]
+        self._measured_on = fields_to_show(spread_over(_MEASURED, len(fields)) or [0], plan, fields)
         self._device = torch.device("cpu")
 
     @property

@@ -33,7 +33,8 @@ from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.provenance import environment
 from pixcell.training.alignment import Alignment, AlignmentConfig
 from pixcell.training.checkpoints import link_or_copy
-from pixcell.training.determinism import Without, rng_for
+from pixcell.training.determinism import rng_for
+from pixcell.training.mixing import FieldPlan, FieldSamples, fields_to_show
 from pixcell.training.objectives import Losses, Preview
 
 __all__ = ["Denoising", "DenoisingConfig", "LogitNormalTimes", "NoisyFields", "UniformTimes"]
@@ -123,7 +124,7 @@ class DenoisingConfig(Config):
         return self
 
 
-class NoisyFields:
+class NoisyFields(FieldSamples):
     """Fields of cached latents, each with the noise, timestep and fate of its condition.
 
     Args:
@@ -134,6 +135,7 @@ class NoisyFields:
         timesteps: To draw from.
         held_out: Indices that are left out.
         aligned_to: The same fields with the embeddings that the model's own mind is held against.
+        plan: Which fields come when.
     """
 
     def __init__(
@@ -145,14 +147,12 @@ class NoisyFields:
         timesteps: range,
         held_out: Sequence[int],
         aligned_to: FieldDataset | None = None,
+        plan: FieldPlan | None = None,
     ) -> None:
-        self.fields, self.config, self.timesteps = fields, config, timesteps
+        super().__init__(fields, held_out, plan)
+        self.config, self.timesteps = config, timesteps
         self.aligned_to = aligned_to
         self._shift, self._scale = shift.cpu().reshape(-1, 1, 1), scale.cpu().reshape(-1, 1, 1)
-        self._kept, self._count = Without(held_out), len(fields) - len(held_out)
-
-    def __len__(self) -> int:
-        return self._count
 
     def draw(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[dict[str, Any]]:
         """Return normalised draws from the posteriors, noise, timesteps, embeddings, and what to drop."""
@@ -191,6 +191,7 @@ class Denoising:
         held_out: Indices kept out of training, shown in previews.
         aligned_to: The same fields, with embeddings of ``config.alignment.column``.
         growth: What became of each tensor when the model grew from another stage's; JSON values.
+        plan: Which fields come when.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class Denoising:
         held_out: Sequence[int],
         aligned_to: FieldDataset | None = None,
         growth: Mapping[str, Any] | None = None,
+        plan: FieldPlan | None = None,
     ) -> None:
         made_by = fields.made_by["latents"]
         if made_by["codec"]["sha256"] != codec.sha256:
@@ -219,9 +221,9 @@ class Denoising:
             self.trainable = nn.ModuleDict({"transformer": model, "alignment": self.alignment})
         self.schedule = schedule_for(config.target)
         self.samples = NoisyFields(
-            fields, codec.shift, codec.scale, config, self.schedule.timesteps, held_out, aligned_to
+            fields, codec.shift, codec.scale, config, self.schedule.timesteps, held_out, aligned_to, plan
         )
-        self._held_out = list(held_out)
+        self._held_out = fields_to_show(held_out, plan, fields, pictures)
         self._pictures = [
             item["image"].permute(1, 2, 0).numpy() for item in pictures.__getitems__(self._held_out)
         ]

@@ -22,7 +22,7 @@ from pixcell.errors import RecipeError, listed
 from pixcell.training.determinism import Order, Without
 from pixcell.training.order import BlockOrder, Group, MixedOrder, Ranges, SampleOrder, seed_of
 
-__all__ = ["FieldSamples", "MixConfig", "Ordering"]
+__all__ = ["FieldPlan", "FieldSamples", "MixConfig", "fields_to_show"]
 
 _OTHERS = "(others)"
 _BLOCKS_AT_ONCE = 16
@@ -51,14 +51,16 @@ class MixConfig(Config):
 
 
 @dataclass(frozen=True)
-class Ordering:
-    """What a recipe says about the order of its fields."""
+class FieldPlan:
+    """What a recipe says about which of its fields come when."""
 
     mix: MixConfig | None = None
     stores: Sequence[str] = ()
     """Names of the sources of the dataset, in their order."""
     shuffle_blocks: int | None = None
     """Blocks that are shuffled together. None: all fields are, unless a source is read in blocks."""
+    skip_unreadable: bool = False
+    """Whether held-out and measured fields that cannot be read are gone without, as those trained on are."""
 
     @property
     def group_by(self) -> str | None:
@@ -72,21 +74,19 @@ class FieldSamples:
     The samples of an objective on fields are a class on top of it that adds ``draw``.
 
     Args:
-        fields: Grouped by what ``ordering`` asks for.
+        fields: Grouped by ``plan.group_by``.
         held_out: Indices that are kept out of training.
-        ordering: What the recipe says.
+        plan: What the recipe says.
 
     Raises:
         RecipeError: If the weights of a mix do not fit the groups that there are.
     """
 
-    def __init__(
-        self, fields: FieldDataset, held_out: Sequence[int], ordering: Ordering | None = None
-    ) -> None:
-        self.fields, self.ordering = fields, ordering or Ordering()
+    def __init__(self, fields: FieldDataset, held_out: Sequence[int], plan: FieldPlan | None = None) -> None:
+        self.fields, self.plan = fields, plan or FieldPlan()
         self._kept, self._count = Without(held_out), len(fields) - len(held_out)
-        if self.ordering.mix is not None:
-            self._groups = self._weighed(self.ordering.mix)
+        if self.plan.mix is not None:
+            self._groups = self._weighed(self.plan.mix)
 
     def __len__(self) -> int:
         return self._count
@@ -94,7 +94,7 @@ class FieldSamples:
     def order(self, seed: int) -> Order:
         """Return the order of the samples of a run."""
         blocks = self._blocks()
-        if self.ordering.mix is None:
+        if self.plan.mix is None:
             if blocks is None:
                 return SampleOrder(len(self), seed)
             return BlockOrder(*blocks, seed=seed, at_once=self._at_once)
@@ -105,11 +105,11 @@ class FieldSamples:
 
     @property
     def _at_once(self) -> int:
-        return self.ordering.shuffle_blocks or _BLOCKS_AT_ONCE
+        return self.plan.shuffle_blocks or _BLOCKS_AT_ONCE
 
     def _blocks(self) -> tuple[np.ndarray, np.ndarray] | None:
         """First sample and number of samples of each block; None where all are shuffled at once."""
-        if self.ordering.shuffle_blocks is None and not self.fields.is_read_in_blocks:
+        if self.plan.shuffle_blocks is None and not self.fields.is_read_in_blocks:
             return None
         starts, sizes = self.fields.blocks()
         borders = [self._kept.before(int(one)) for one in np.append(starts, len(self.fields))]
@@ -157,14 +157,14 @@ class FieldSamples:
 
     def _store_names(self) -> list[str]:
         """Stores by the last part of their place, or by the whole of it where two would be alike."""
-        places = [place.rstrip("/") for place in self.ordering.stores]
+        places = [place.rstrip("/") for place in self.plan.stores]
         short = [place.rpartition("/")[2] for place in places]
         return short if len(set(short)) == len(short) else places
 
     def _meant(self, name: str, mix: MixConfig) -> str:
         """A store may also be named as the recipe names it in ``data.store``."""
         if mix.by == "store":
-            for place, known in zip(self.ordering.stores, self._store_names(), strict=True):
+            for place, known in zip(self.plan.stores, self._store_names(), strict=True):
                 if name.rstrip("/") == place.rstrip("/"):
                     return known
         return name
@@ -178,6 +178,31 @@ class FieldSamples:
                 "data.held_out, or take it out of data.mix.weights and data.where."
             )
         return Group(name, samples, weight)
+
+
+def fields_to_show(indices: Sequence[int], plan: FieldPlan | None, *datasets: FieldDataset) -> list[int]:
+    """Return the held-out or measured fields that are looked at: all, or those that all datasets can read.
+
+    Args:
+        indices: Of the fields.
+        plan: Whether to go without those that cannot be read.
+        datasets: The same fields, with what is looked at.
+
+    Raises:
+        UnreadableTile: Later, when they are read, if none is to be gone without.
+        RecipeError: If no field remains.
+    """
+    shown = list(indices)
+    if plan is None or not plan.skip_unreadable:
+        return shown
+    for dataset in datasets:
+        shown = dataset.readable(shown)
+    if not shown:
+        raise RecipeError(
+            f"none of {len(indices)} held-out fields can be read ({datasets[0].key(indices[0])}, ...). "
+            "Is the disk or the network gone? See what can be read: pixcell inspect STORE --verify."
+        )
+    return shown
 
 
 def _must_be_there(weights: Mapping[str, float], named: set[str], by: str) -> None:

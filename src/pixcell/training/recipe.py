@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from pixcell.config import Config
+from pixcell.console import console
 from pixcell.data.datasets import FieldDataset
 from pixcell.data.store import TileStore
 from pixcell.errors import RecipeError
@@ -22,6 +23,7 @@ from pixcell.models.codec import LatentCodec
 from pixcell.training.autoencoding import Autoencoding, AutoencodingConfig
 from pixcell.training.checkpoints import Checkpoint
 from pixcell.training.denoising import Denoising, DenoisingConfig
+from pixcell.training.mixing import FieldPlan, MixConfig
 from pixcell.training.objectives import Objective, spread_over
 from pixcell.training.optimizers import AdamWConfig, OptimizerConfig
 from pixcell.training.stages import TransformerConfig, make_transformer, weights_folder
@@ -45,6 +47,12 @@ class DataConfig(Config):
     """Attributes of tiles to take, such as {split: [train]}; all must hold."""
     held_out: int = Field(8, gt=0)
     """Fields, evenly spread, that are kept out of training and shown in previews."""
+    mix: MixConfig | None = None
+    """Groups of fields that are drawn by weight, such as {by: organ, weights: {lung: 2, breast: 1}}. None:
+    every field once an epoch."""
+    shuffle_blocks: int | None = Field(None, gt=0)
+    """Shuffle so many blocks at a time instead of all fields, so that a block is read once an epoch. A block
+    is a shard, a group of published tiles, or a slide of a store. None: 16 where a source is read in blocks."""
 
     @model_validator(mode="after")
     def _no_store_twice(self) -> Self:
@@ -56,6 +64,10 @@ class DataConfig(Config):
     def stores(self) -> list[Path]:
         """The stores, also where there is one."""
         return self.store if isinstance(self.store, list) else [self.store]
+
+    def plan(self, skip_unreadable: bool) -> FieldPlan:
+        """Return which fields come when."""
+        return FieldPlan(self.mix, [str(one) for one in self.stores], self.shuffle_blocks, skip_unreadable)
 
 
 class AutoencoderConfig(Config):
@@ -114,14 +126,17 @@ def build_objective(recipe: TrainRecipe, checkpoint: Checkpoint | None = None) -
     """
     data, model = recipe.data, recipe.model
     stores = [TileStore.open(path) for path in data.stores]
-    open_fields = functools.partial(FieldDataset, stores, size=data.size, where=data.where)
+    plan = data.plan(skip_unreadable=recipe.trainer.on_bad_tile == "drop")
+    open_fields = functools.partial(
+        FieldDataset, stores, size=data.size, where=data.where, group_by=plan.group_by
+    )
     # Models draw their first weights from torch's own chance; the caller's is left as it was.
     with torch.random.fork_rng():
         torch.manual_seed(recipe.trainer.seed)
         if isinstance(model, AutoencoderConfig) and isinstance(recipe.objective, AutoencodingConfig):
             fields = open_fields(images=True)
             autoencoder = TissueAutoencoder(model.latent_channels, model.channels, model.num_blocks)
-            return Autoencoding(autoencoder, fields, recipe.objective, _held_out(fields, data))
+            return Autoencoding(autoencoder, fields, recipe.objective, _held_out(fields, data), plan)
         assert isinstance(model, TransformerConfig)
         assert isinstance(recipe.objective, DenoisingConfig)
         fields = open_fields(latents=data.latents, embeddings=data.embeddings)
@@ -141,6 +156,7 @@ def build_objective(recipe: TrainRecipe, checkpoint: Checkpoint | None = None) -
             held_out,
             aligned_to,
             growth,
+            plan,
         )
 
 
@@ -150,5 +166,10 @@ def _held_out(fields: FieldDataset, data: DataConfig) -> list[int]:
         raise RecipeError(
             f"{len(fields)} field(s) of {data.size} px are too few: one is held out for previews, "
             "one is trained on. Tile more slides, or train on smaller fields."
+        )
+    if len(held_out) < data.held_out:
+        console.print(
+            f"{len(held_out)} fields are held out instead of {data.held_out}: at most half of {len(fields)}.",
+            markup=False,
         )
     return held_out

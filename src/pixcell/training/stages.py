@@ -97,9 +97,10 @@ def make_transformer(
         ModelError: If the model to start from is of another encoder, autoencoder or architecture.
         RunError: If there is nothing to start from, or it is damaged.
     """
-    item = fields[0]
-    channels, side, _ = item["posterior_mean"].shape
-    num_tokens, width = math.prod(item["embedding_grid"].shape[:2]), item["embedding_grid"].shape[2]
+    shapes = fields.shapes
+    channels, side, _ = shapes["posterior_mean"]
+    rows, columns, width = shapes["embedding_grid"]
+    num_tokens = rows * columns
     if side % model.patch_size:
         raise RecipeError(
             f"data.size {fields.size} gives latents of {side} x {side}, which are no whole number of latent "
