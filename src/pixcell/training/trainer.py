@@ -8,9 +8,6 @@ GPUs and several processes add up in another order and agree within rounding.
 """
 
 import contextlib
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pixcell.console import console, progress
-from pixcell.errors import RecipeError, RunError
+from pixcell.errors import RecipeError, RunError, listed
 from pixcell.files import writing_to
 from pixcell.training.averages import AveragedWeights
 from pixcell.training.checkpoints import Checkpoint, prune, remove_unfinished, write_checkpoint
@@ -35,6 +32,7 @@ from pixcell.training.optimizers import OptimizerConfig, learning_rate, make_opt
 from pixcell.training.order import SampleOrder
 from pixcell.training.previews import save_preview
 from pixcell.training.run_state import RunState
+from pixcell.training.stop_rules import FiniteRule, SpikeRule, StopRequests
 from pixcell.training.trainer_config import TrainerConfig
 
 __all__ = ["Outcome", "Trainer"]
@@ -49,7 +47,7 @@ class Outcome:
     step: int
     checkpoint: Checkpoint
     stopped_by: str | None
-    """The signal that ended it early; None: the run is complete."""
+    """The signal that ended it early, or ``trainer.max_hours``; None: the run is complete."""
     loss: float | None
     """Mean over the last logged steps; None if no step was left to take."""
     seconds: float
@@ -86,15 +84,22 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.last_checkpoint: Checkpoint | None = None
 
-    def fit(self, resume: bool = True) -> Outcome:
+    def fit(self, resume: bool = True, started: float | None = None) -> Outcome:
         """Train to the last step, from the last checkpoint if there is one.
 
-        SIGTERM (a cluster's time limit) and the first Ctrl-C finish the step, save, and return.
+        SIGTERM, SIGUSR1 (which clusters send before a time limit), the first Ctrl-C and
+        ``trainer.max_hours`` finish the step, save, and return.
+
+        Args:
+            resume: Go on from the last checkpoint.
+            started: When the clock of ``trainer.max_hours`` began (``time.monotonic()``). None: now.
 
         Raises:
-            RunError: If the loss is not a finite number, or the checkpoint is damaged or of other data.
+            RunError: If the loss is not a finite number or ran away, the checkpoint is damaged or of other
+                data, or another process is gone.
             OutputError: If the disk is full; the last checkpoint stays usable.
         """
+        stop = StopRequests(self.config.max_hours, time.monotonic() if started is None else started)
         if self.engine.is_main:
             with writing_to(self.run):
                 self.run.mkdir(parents=True, exist_ok=True)
@@ -103,25 +108,27 @@ class Trainer:
             self._resume()
         with (
             _matmul_precision(self.config.matmul_precision),
-            _StopSignals() as stop,
+            stop,
             self._metrics() as metrics,
             progress(f"train {self.label}", self.config.steps, self.step) as advance,
         ):
             return self._fit(stop, metrics, advance)
 
-    def _fit(
-        self, stop: "_StopSignals", metrics: "MetricsLog | None", advance: Callable[..., None]
-    ) -> Outcome:
+    def _fit(self, stop: StopRequests, metrics: "MetricsLog | None", advance: Callable[..., None]) -> Outcome:
         config = self.config
         figures = self._figures()
         loss = samples_per_s = note = None
+        self._finite = FiniteRule(self.run.name, self.engine.has_loss_scale)
+        self._spike = SpikeRule(config.spike, self.run.name)
         stopped = False
         for batches in self._steps():
             rate = learning_rate(self.optimizer_config, self.step, config.steps)
             started = time.monotonic()
             sums, gradient_norm, stopped = self._take_step(batches, rate, stop)
-            figures.add(sums, gradient_norm, time.monotonic() - started)
-            self.seconds += time.monotonic() - started
+            seconds = time.monotonic() - started
+            figures.add(sums, gradient_norm, seconds)
+            stop.took(seconds)
+            self.seconds += seconds
             if self.step % config.log_every == 0 or self.step == config.steps:
                 line = figures.line(self.step, self.engine.device)
                 line |= {"lr": rate, "seconds": self.seconds}
@@ -134,23 +141,24 @@ class Trainer:
                 started = time.monotonic()
                 self._save(metrics)
                 figures.saved(time.monotonic() - started)
+                stop.took(0.0, time.monotonic() - started)
             if stopped:
                 break
         assert self.last_checkpoint is not None
-        name = (
-            signal.Signals(stop.requested).name if stop.requested else "another process" if stopped else None
-        )
+        # Processes stop together, whichever was told to.
+        reasons = self.engine.lists([stop.reason]) if stopped else []
+        reason = next((one for one in reasons if one is not None), None)
         return Outcome(
             self.step,
             self.last_checkpoint,
-            name if self.step < config.steps else None,
+            reason if self.step < config.steps else None,
             loss,
             self.seconds,
             samples_per_s,
         )
 
     def _take_step(
-        self, batches: Iterator[Mapping[str, Any]], rate: float, stop: "_StopSignals"
+        self, batches: Iterator[Mapping[str, Any]], rate: float, stop: StopRequests
     ) -> tuple[dict[str, float], float, bool]:
         """One optimiser step; return its figures' sums, the gradient's norm, and whether to stop."""
         engine, count = self.engine, self._num_micro_batches
@@ -162,28 +170,23 @@ class Trainer:
             keys += batch["key"]
             losses.append(engine.forward_backward(batch, share, is_last=place == count - 1))
         # One exchange a step: the losses, and whether any process was told to stop (they must stop together).
-        told = torch.tensor(float(stop.requested > 0))
+        told = torch.tensor(float(stop.reason is not None))
         sums = engine.sums({**sums_of(losses), _TOLD: told})
         stopped = sums.pop(_TOLD) > 0
-        self._check_finite("loss", sums["loss"], keys)
+
+        def batch() -> list[tuple[str, float]]:
+            found = torch.cat([one.per_sample for one in losses]).tolist()
+            return engine.lists(list(zip(keys, found, strict=True)))
+
+        mean, kept = sums["loss"] / sums["samples"], self.last_checkpoint
+        way_out = f"The weights of step {kept.step} are kept in {kept.path}. " if kept else ""
+        self._finite.check_loss(mean, self.step + 1, batch, way_out)
+        self._spike.check(mean, self.step + 1, batch)
         gradient_norm = engine.move_weights(rate, self.optimizer_config.clip_norm)
-        if not engine.has_loss_scale:  # under fp16 an overflow is met by the loss scale, not by stopping
-            self._check_finite("gradient", gradient_norm, keys)
+        self._finite.check_gradient(gradient_norm, self.step + 1, batch, way_out)
         self.averages.update(self.step)
         self.step += 1
         return sums, gradient_norm, stopped
-
-    def _check_finite(self, what: str, value: float, keys: list[str]) -> None:
-        if math.isfinite(value):
-            return
-        keys = self.engine.lists(keys)
-        kept = self.last_checkpoint
-        way_out = f"The weights of step {kept.step} are kept in {kept.path}. " if kept else ""
-        raise RunError(
-            f"the {what} became {value} at step {self.step + 1} of {self.run.name}, on the batch "
-            f"{', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}. {way_out}"
-            "A smaller optimizer.lr, a longer warm-up, optimizer.clip_norm or another precision may help."
-        )
 
     # -- what the trainer reads ---------------------------------------------------------------------------
 
@@ -246,22 +249,23 @@ class Trainer:
     def _save(self, metrics: MetricsLog | None) -> None:
         """Write a checkpoint of the step just taken, and a preview beside the run."""
         state = RunState.gather(self.engine, self.averages, self.step, self.seconds, self._data_facts())
-        if self.engine.is_main:
-            previous = self.last_checkpoint
-            with self.engine.holding(state.averages[0]):
-                figures = self._preview(metrics)
-
-                def write(folder: Path) -> None:
-                    self.objective.export(folder / "pipeline", previous.pipeline if previous else None)
-                    state.write(folder / "state")
-
-                self.last_checkpoint = write_checkpoint(
-                    self.run, self.step, write, {"run": self.run.name, **figures}
-                )
-            prune(self.run, self.config.keep_last, self.config.keep_every)
-        self.engine.wait_for_everyone()
+        self.engine.in_main(lambda: self._write(state, metrics))
         if not self.engine.is_main:
             self.last_checkpoint = Checkpoint.last(self.run)
+
+    def _write(self, state: RunState, metrics: MetricsLog | None) -> None:
+        previous = self.last_checkpoint
+        with self.engine.holding({**state.weights, **state.averages[0]}):
+            figures = self._preview(metrics)
+
+            def write(folder: Path) -> None:
+                self.objective.export(folder / "pipeline", previous.pipeline if previous else None)
+                state.write(folder / "state")
+
+            self.last_checkpoint = write_checkpoint(
+                self.run, self.step, write, {"run": self.run.name, **figures}
+            )
+        prune(self.run, self.config.keep_last, self.config.keep_every)
 
     def _preview(self, metrics: MetricsLog | None) -> dict[str, float]:
         """Write a picture of the model as it is; return the figures that go with it."""
@@ -278,6 +282,12 @@ class Trainer:
 
     def _resume(self) -> None:
         checkpoint = Checkpoint.last(self.run)
+        seen = self.engine.lists([checkpoint.step if checkpoint else 0])
+        if len(set(seen)) > 1:
+            raise RunError(
+                f"the processes see different checkpoints in {self.run} (of steps {listed(seen)}): the run "
+                "folder must be on a file system that all machines share."
+            )
         if checkpoint is None:
             return
         state = RunState.read(checkpoint)
@@ -303,27 +313,6 @@ class _Drawn(Dataset[dict[str, Any]]):
 
     def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
         return self.__getitems__([ticket])[0]
-
-
-class _StopSignals:
-    """Turns SIGTERM and Ctrl-C into a wish to stop after the step; the second one acts as usual."""
-
-    requested = 0
-
-    def __enter__(self) -> "_StopSignals":
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._request)
-        return self
-
-    def _request(self, number: int, _frame: object) -> None:
-        self.requested = number
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

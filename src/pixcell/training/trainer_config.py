@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pixcell.config import Config
 from pixcell.training.loading import OnBadTile
 from pixcell.training.metrics import WandbConfig
+from pixcell.training.stop_rules import SpikeConfig
 
 __all__ = ["TrainerConfig"]
 
@@ -29,11 +30,18 @@ class TrainerConfig(Config):
     """Of products inside the model (autocast). Weights, moments, averages and losses are float32."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """What float32 products may be rounded to: ``high`` permits TF32, ``medium`` bf16."""
+    compile: bool = False
+    """Compile the model's blocks for this machine (``torch.compile``): minutes at the start, faster steps."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third more time."""
     ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.9999,), min_length=1)
     """Of the running averages of the weights. The first is what previews, ``pipeline/`` and figures show; the
     others are there to choose from later. ``ema_decay: 0.9999`` is short for one."""
+    spike: SpikeConfig | None = SpikeConfig()
+    """When a loss counts as run away, which ends the run with an error. None: never."""
+    max_hours: float | None = Field(None, gt=0)
+    """Time limit of one start, checkpoint included: the run saves and stops before it, and can go on. None:
+    there is none."""
     checkpoint_every: int = Field(2000, gt=0)
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = Field(3, gt=0)
