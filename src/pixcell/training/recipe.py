@@ -7,6 +7,7 @@ the model that a stage starts from.
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -29,7 +30,7 @@ from pixcell.training.optimizers import AdamWConfig, OptimizerConfig
 from pixcell.training.stages import TransformerConfig, make_transformer, weights_folder
 from pixcell.training.trainer_config import TrainerConfig
 
-__all__ = ["DataConfig", "TrainRecipe", "build_objective"]
+__all__ = ["DataConfig", "TrainRecipe", "build_objective", "fields_of"]
 
 
 class DataConfig(Config):
@@ -52,7 +53,7 @@ class DataConfig(Config):
     every field once an epoch."""
     shuffle_blocks: int | None = Field(None, gt=0)
     """Shuffle so many blocks at a time instead of all fields, so that a block is read once an epoch. A block
-    is a shard, a group of published tiles, or a slide of a store. None: 16 where a source is read in blocks."""
+    is a shard, a group of published tiles, or a slide of a store. None: 16 where there are blocks."""
 
     @model_validator(mode="after")
     def _no_store_twice(self) -> Self:
@@ -125,11 +126,8 @@ def build_objective(recipe: TrainRecipe, checkpoint: Checkpoint | None = None) -
         ModelError: If the model to start from is of another encoder, autoencoder or architecture.
     """
     data, model = recipe.data, recipe.model
-    stores = [TileStore.open(path) for path in data.stores]
     plan = data.plan(skip_unreadable=recipe.trainer.on_bad_tile == "drop")
-    open_fields = functools.partial(
-        FieldDataset, stores, size=data.size, where=data.where, group_by=plan.group_by
-    )
+    open_fields = fields_of(recipe)
     # Models draw their first weights from torch's own chance; the caller's is left as it was.
     with torch.random.fork_rng():
         torch.manual_seed(recipe.trainer.seed)
@@ -158,6 +156,18 @@ def build_objective(recipe: TrainRecipe, checkpoint: Checkpoint | None = None) -
             growth,
             plan,
         )
+
+
+def fields_of(recipe: TrainRecipe) -> Callable[..., FieldDataset]:
+    """Open a recipe's sources; return what makes a dataset of its fields from the columns that one asks for.
+
+    Raises:
+        StoreError: If a source is missing or damaged.
+    """
+    data = recipe.data
+    stores = [TileStore.open(path) for path in data.stores]
+    group_by = data.plan(skip_unreadable=False).group_by
+    return functools.partial(FieldDataset, stores, size=data.size, where=data.where, group_by=group_by)
 
 
 def _held_out(fields: FieldDataset, data: DataConfig) -> list[int]:
