@@ -9,25 +9,26 @@ GPUs and several processes add up in another order and agree within rounding.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from pixcell.console import console, progress
 from pixcell.errors import RecipeError, RunError, listed
 from pixcell.files import writing_to
 from pixcell.training.averages import AveragedWeights
 from pixcell.training.checkpoints import Checkpoint, prune, remove_unfinished, write_checkpoint
-from pixcell.training.determinism import BatchPlan, Ticket, rng_for
+from pixcell.training.determinism import BatchPlan, Order
+from pixcell.training.dropped import Dropped, DroppedLog
 from pixcell.training.engine import Engine
 from pixcell.training.figures import Figures, ModelFlops, note_of, sums_of
 from pixcell.training.flops import peak_of
+from pixcell.training.loading import MicroBatch, dead_loaders_are_errors, load_batches
 from pixcell.training.metrics import MetricsLog
-from pixcell.training.objectives import Losses, Objective, Samples
+from pixcell.training.objectives import Losses, Objective, OrderedSamples
 from pixcell.training.optimizers import OptimizerConfig, learning_rate, make_optimizer
 from pixcell.training.order import SampleOrder
 from pixcell.training.previews import save_preview
@@ -37,7 +38,7 @@ from pixcell.training.trainer_config import TrainerConfig
 
 __all__ = ["Outcome", "Trainer"]
 
-_TOLD = "told to stop"
+_TOLD, _MISSING = "told to stop", "could not be read"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Outcome:
     seconds: float
     """Spent on training in all, over every resume."""
     samples_per_s: float | None
+    num_steps: int
+    """Steps of the whole run."""
+    num_dropped: int
+    """Samples that the run went without so far, because their tile could not be read."""
 
 
 class Trainer:
@@ -80,9 +85,11 @@ class Trainer:
         self.label, self.flops_per_sample = label or run.name, flops_per_sample
         self.engine = Engine(objective, lambda model: make_optimizer(model, optimizer), config)
         self.order = self._order()
+        self.num_steps = config.num_steps(self.order.num_samples)
         self.averages = AveragedWeights(objective.trainable, config.ema_decays)
         self.step, self.seconds = 0, 0.0
         self.last_checkpoint: Checkpoint | None = None
+        self._dropped: DroppedLog | None = None
 
     def fit(self, resume: bool = True, started: float | None = None) -> Outcome:
         """Train to the last step, from the last checkpoint if there is one.
@@ -106,11 +113,14 @@ class Trainer:
             remove_unfinished(self.run)
         if resume:
             self._resume()
+        if self.engine.is_main:
+            self._dropped = DroppedLog(self.run, self.step)
         with (
+            dead_loaders_are_errors(self.config.workers),
             _matmul_precision(self.config.matmul_precision),
             stop,
             self._metrics() as metrics,
-            progress(f"train {self.label}", self.config.steps, self.step) as advance,
+            progress(f"train {self.label}", self.num_steps, self.step) as advance,
         ):
             return self._fit(stop, metrics, advance)
 
@@ -122,22 +132,24 @@ class Trainer:
         self._spike = SpikeRule(config.spike, self.run.name)
         stopped = False
         for batches in self._steps():
-            rate = learning_rate(self.optimizer_config, self.step, config.steps)
+            rate = learning_rate(self.optimizer_config, self.step, self.num_steps)
             started = time.monotonic()
             sums, gradient_norm, stopped = self._take_step(batches, rate, stop)
             seconds = time.monotonic() - started
             figures.add(sums, gradient_norm, seconds)
             stop.took(seconds)
             self.seconds += seconds
-            if self.step % config.log_every == 0 or self.step == config.steps:
+            if self.step % config.log_every == 0 or self.step == self.num_steps:
                 line = figures.line(self.step, self.engine.device)
                 line |= {"lr": rate, "seconds": self.seconds}
                 line["epoch"] = self.step * config.batch_size / self.order.num_samples
+                if self._dropped is not None and config.on_bad_tile == "drop":
+                    line["dropped"] = self._dropped.count
                 loss, samples_per_s, note = line["loss"], line["samples_per_s"], note_of(line)
                 if metrics:
                     metrics.write(self.step, line)
             advance(1, note=note)
-            if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
+            if self.step % config.checkpoint_every == 0 or self.step == self.num_steps or stopped:
                 started = time.monotonic()
                 self._save(metrics)
                 figures.saved(time.monotonic() - started)
@@ -151,28 +163,36 @@ class Trainer:
         return Outcome(
             self.step,
             self.last_checkpoint,
-            reason if self.step < config.steps else None,
+            reason if self.step < self.num_steps else None,
             loss,
             self.seconds,
             samples_per_s,
+            self.num_steps,
+            self._dropped.count if self._dropped else 0,
         )
 
     def _take_step(
-        self, batches: Iterator[Mapping[str, Any]], rate: float, stop: StopRequests
+        self, batches: Iterator[MicroBatch], rate: float, stop: StopRequests
     ) -> tuple[dict[str, float], float, bool]:
         """One optimiser step; return its figures' sums, the gradient's norm, and whether to stop."""
         engine, count = self.engine, self._num_micro_batches
         share = engine.num_processes / self.config.batch_size
         losses: list[Losses] = []
         keys: list[str] = []
+        dropped: list[Dropped] = []
         for place in range(count):
-            batch = {**next(batches), "step": self.step}
-            keys += batch["key"]
-            losses.append(engine.forward_backward(batch, share, is_last=place == count - 1))
-        # One exchange a step: the losses, and whether any process was told to stop (they must stop together).
-        told = torch.tensor(float(stop.reason is not None))
-        sums = engine.sums({**sums_of(losses), _TOLD: told})
+            micro = next(batches)
+            keys += micro.keys
+            dropped += micro.dropped
+            samples = {**micro.samples, "step": self.step}
+            losses.append(engine.forward_backward(samples, share, place == count - 1, micro.readable))
+        # One exchange a step: the losses, whether any process was told to stop (they must stop together), and
+        # how many samples are missing.
+        told, missing = torch.tensor(float(stop.reason is not None)), torch.tensor(float(len(dropped)))
+        sums = engine.sums({**sums_of(losses), _TOLD: told, _MISSING: missing})
         stopped = sums.pop(_TOLD) > 0
+        if sums.pop(_MISSING) > 0:
+            self._note_dropped(dropped)
 
         def batch() -> list[tuple[str, float]]:
             found = torch.cat([one.per_sample for one in losses]).tolist()
@@ -188,9 +208,22 @@ class Trainer:
         self.step += 1
         return sums, gradient_norm, stopped
 
+    def _note_dropped(self, dropped: list[Dropped]) -> None:
+        """List the samples that the step goes without. Every process calls it."""
+        dropped = self.engine.lists(dropped)
+        if self._dropped is not None:
+            if self._dropped.count == 0:
+                console.print(f"dropped {dropped[0]} All are listed in {self._dropped.path}.", markup=False)
+            self._dropped.write(dropped)
+        if len(dropped) == self.config.batch_size:
+            raise RunError(
+                f"no sample of step {self.step + 1} of {self.run.name} can be read: {dropped[0]} "
+                "Is the disk or the network gone? See what can be read: pixcell inspect STORE --verify."
+            )
+
     # -- what the trainer reads ---------------------------------------------------------------------------
 
-    def _order(self) -> SampleOrder:
+    def _order(self) -> Order:
         config, count = self.config, len(self.objective.samples)
         world = self.engine.num_processes
         if count < config.batch_size:
@@ -205,9 +238,12 @@ class Trainer:
                 f"{config.micro_batch_size or share} on {world} process(es)."
             )
         self._num_micro_batches = share // (config.micro_batch_size or share)
+        samples = self.objective.samples
+        if isinstance(samples, OrderedSamples):
+            return samples.order(config.seed)
         return SampleOrder(count, config.seed)
 
-    def _steps(self) -> Iterator[Iterator[Mapping[str, Any]]]:
+    def _steps(self) -> Iterator[Iterator[MicroBatch]]:
         """Yield, for each step left, where its micro-batches come from."""
         config = self.config
         plan = BatchPlan(
@@ -215,21 +251,19 @@ class Trainer:
             batch_size=config.batch_size,
             micro_batch_size=config.batch_size // self.engine.num_processes // self._num_micro_batches,
             first_step=self.step,
-            last_step=config.steps,
+            last_step=self.num_steps,
             rank=self.engine.process_index,
             world=self.engine.num_processes,
         )
-        batches = iter(
-            DataLoader(
-                _Drawn(self.objective.samples, config.seed),
-                batch_sampler=plan,
-                num_workers=config.workers,
-                pin_memory=self.engine.device.type == "cuda",
-                # DataLoader draws a seed for its workers; from here, not from the process's own chance.
-                generator=torch.Generator().manual_seed(config.seed),
-            )
+        batches = load_batches(
+            self.objective.samples,
+            plan,
+            seed=config.seed,
+            workers=config.workers,
+            pin_memory=self.engine.device.type == "cuda",
+            on_bad_tile=config.on_bad_tile,
         )
-        for _ in range(self.step, config.steps):
+        for _ in range(self.step, self.num_steps):
             yield batches
 
     # -- what it writes -----------------------------------------------------------------------------------
@@ -244,7 +278,7 @@ class Trainer:
         if self.flops_per_sample is not None and self.engine.is_main:
             peak = peak_of(self.engine.device, config.precision, config.matmul_precision)
             flops = ModelFlops(self.flops_per_sample, peak, self.engine.num_processes)
-        return Figures(config.steps, config.checkpoint_every, self.optimizer_config.clip_norm, flops)
+        return Figures(self.num_steps, config.checkpoint_every, self.optimizer_config.clip_norm, flops)
 
     def _save(self, metrics: MetricsLog | None) -> None:
         """Write a checkpoint of the step just taken, and a preview beside the run."""
@@ -271,7 +305,7 @@ class Trainer:
         """Write a picture of the model as it is; return the figures that go with it."""
         preview = self.objective.preview()
         seen = self.step * self.config.batch_size
-        title = f"{self.run.name}, step {self.step:,} of {self.config.steps:,}, {seen:,} samples seen"
+        title = f"{self.run.name}, step {self.step:,} of {self.num_steps:,}, {seen:,} samples seen"
         picture = save_preview(self.run, self.step, preview, title)
         figures = {f"held_out/{name}": value for name, value in preview.figures.items()}
         # Before the checkpoint: killed in between, the line is taken back and written again.
@@ -294,25 +328,10 @@ class Trainer:
         state.must_be_of(self._data_facts(), self.run)
         state.restore(self.engine, self.averages, str(checkpoint.state))
         self.step, self.seconds, self.last_checkpoint = state.step, state.seconds, checkpoint
-        console.print(f"{self.run} goes on from step {self.step} of {self.config.steps}.", markup=False)
+        console.print(f"{self.run} goes on from step {self.step} of {self.num_steps}.", markup=False)
 
     def _data_facts(self) -> dict[str, Any]:
-        return {"num_samples": self.order.num_samples, **self.objective.facts}
-
-
-class _Drawn(Dataset[dict[str, Any]]):
-    """Samples by ticket: which one, and the chance of its step and position."""
-
-    def __init__(self, samples: Samples, seed: int) -> None:
-        self.samples, self.seed = samples, seed
-
-    def __getitems__(self, tickets: Sequence[Ticket]) -> list[dict[str, Any]]:
-        """Read a micro-batch; the torch loader calls this when it is there."""
-        rngs = [rng_for(self.seed, step, position) for _, step, position in tickets]
-        return self.samples.draw([index for index, _, _ in tickets], rngs)
-
-    def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
-        return self.__getitems__([ticket])[0]
+        return {"num_samples": self.order.num_samples, **self.order.facts, **self.objective.facts}
 
 
 @contextlib.contextmanager
