@@ -7,6 +7,7 @@ exit code 2 (1 when a batch ended and some of its items failed); a bug shows its
 
 import io
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from typer import Option
 
 from pixcell.cli import data, models, others
 from pixcell.cli.shared import app
-from pixcell.console import console, results, set_up_logging
+from pixcell.console import console, is_main_process, results, set_up_logging
 from pixcell.errors import PixCellError, SomeFailed
 
 __all__ = ["app", "data", "main", "models", "others"]
@@ -50,6 +51,9 @@ def main() -> None:
 
 
 def _print_error(message: str) -> None:
+    if not is_main_process():  # the console is quiet here, but the error may be this process's own
+        print(f"Error in process {os.environ['RANK']}: {message}", file=sys.stderr)
+        return
     console.print("[bold red]Error:[/]", style="red", end=" ")
     console.print(message, style="red", markup=False, soft_wrap=True)
 

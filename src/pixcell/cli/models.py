@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+import typer
 from typer import Argument, Option
 
 from pixcell.cli.shared import Device, Overrides, app, call
@@ -19,12 +20,16 @@ def train(
 ) -> None:
     """Train a model; run it again to go on from the last checkpoint.
 
+    Ends with 0 when complete, 75 when a signal or trainer.max_hours stopped it early, 2 on errors.
+
     Example: pixcell train nano --set data.store=stores/brca --set trainer.steps=2000
     """
     from pixcell.tasks.train import train as train_model
     from pixcell.training.recipe import TrainRecipe
 
-    results.print(train_model(load_recipe(TrainRecipe, recipe, set_ or []), run))
+    result = train_model(load_recipe(TrainRecipe, recipe, set_ or []), run)
+    results.print(result)
+    raise typer.Exit(result.exit_code)
 
 
 @app.command()

@@ -11,6 +11,7 @@ runs/<name>/
 
 import contextlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,21 @@ from pixcell.training.trainer import Trainer
 
 __all__ = ["TrainResult", "train"]
 
-# What may differ between the starts of one run: none of it moves a weight.
+_STOPPED = 75
+
+# What may differ between the starts of one run: none of it moves a weight, beyond the rounding of sums that are
+# added up in another order.
 _FREE = {
     "name",
+    "trainer.micro_batch_size",
+    "trainer.gradient_checkpointing",
+    "trainer.compile",
+    "trainer.device",
+    "trainer.max_hours",
+    "trainer.spike",
+    "trainer.spike.factor",
+    "trainer.spike.window",
+    "trainer.spike.patience",
     "trainer.keep_last",
     "trainer.keep_every",
     "trainer.checkpoint_every",
@@ -66,12 +79,21 @@ class TrainResult:
     """Spent on training in all, over every start."""
     samples_per_s: float | None
     stopped_by: str | None
-    """The signal that ended it early, if one did."""
+    """The signal that ended it early, or ``trainer.max_hours``, if one did."""
 
     @property
     def is_complete(self) -> bool:
         """Whether the last step was taken."""
         return self.step >= self.num_steps
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 0 when complete; 75 (EX_TEMPFAIL: try again) when it stopped early and saved.
+
+        Only the main process says 75. Launchers end the others as soon as one process ends with an error, and
+        the main one may still have files to finish when they are done.
+        """
+        return 0 if self.is_complete or not is_main_process() else _STOPPED
 
     def __rich__(self) -> Table:
         """Lay the result out for a terminal."""
@@ -106,7 +128,7 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
             no finite number.
         OutputError: If the folder cannot be written. The last checkpoint stays usable.
     """
-    run = run or Path("runs") / recipe.name
+    run, started = run or Path("runs") / recipe.name, time.monotonic()
     with exclusively(run) if is_main_process() else contextlib.nullcontext():
         _must_be_same_recipe(run, recipe)
         last = Checkpoint.last(run)
@@ -118,11 +140,11 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
         trainer = Trainer(objective, recipe.optimizer, recipe.trainer, run, recipe.name)
         if is_main_process():
             save_recipe(recipe, run / "recipe.yaml")
-            _note_environment(run / "environment.json")
+            _note_environment(run / "environment.json", str(trainer.engine))
             if isinstance(objective, Grown) and objective.growth is not None:
                 write_json(run / "growth.json", objective.growth)
         with writing_to(run):
-            outcome = trainer.fit(resume)
+            outcome = trainer.fit(resume, started)
     return TrainResult(
         run=run,
         step=outcome.step,
@@ -156,7 +178,7 @@ def _must_be_same_recipe(run: Path, recipe: TrainRecipe) -> None:
         )
 
 
-def _note_environment(path: Path) -> None:
-    """Add the versions of this start: one run may be resumed on another machine."""
+def _note_environment(path: Path, engine: str) -> None:
+    """Add the versions and processes of this start: one run may be resumed on other machines."""
     starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    write_json(path, [*starts, {"started": now(), **environment()}])
+    write_json(path, [*starts, {"started": now(), "engine": engine, **environment()}])
