@@ -4,6 +4,8 @@ runs/<name>/
 ├── recipe.yaml          as resolved, with every default
 ├── environment.json     versions at each start
 ├── growth.json          what was carried, rebuilt and dropped, if the model grew from another stage's
+├── mixture.json         groups of fields, their shares and passes, if data.mix is given
+├── dropped.jsonl        samples that could not be read and were left out, if there were any
 ├── metrics.jsonl        figures, one line per logged step; tensorboard/ shows the same
 ├── previews/            held-out tissue above what the model makes of its embeddings
 └── checkpoints/         step-…/pipeline to use, step-…/state to go on
@@ -12,19 +14,20 @@ runs/<name>/
 import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from pixcell.config import load_recipe, save_recipe
-from pixcell.console import facts, is_main_process
+from pixcell.console import console, facts, is_main_process, table
 from pixcell.errors import OutputError, RecipeError, RunError
 from pixcell.files import write_json, writing_to
 from pixcell.provenance import environment, now
 from pixcell.training.checkpoints import Checkpoint, exclusively
 from pixcell.training.differences import differences
 from pixcell.training.objectives import Grown
+from pixcell.training.order import MixedOrder
 from pixcell.training.recipe import TrainRecipe, build_objective
 from pixcell.training.trainer import Trainer
 
@@ -42,20 +45,13 @@ _FREE = {
     "trainer.device",
     "trainer.max_hours",
     "trainer.spike",
-    "trainer.spike.factor",
-    "trainer.spike.window",
-    "trainer.spike.patience",
     "trainer.keep_last",
     "trainer.keep_every",
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.tensorboard",
     "trainer.wandb",
-    "trainer.wandb.project",
-    "trainer.wandb.entity",
-    "trainer.wandb.group",
-    "trainer.wandb.tags",
-    "trainer.wandb.mode",
+    "trainer.on_bad_tile",  # a run that met one can go on without it
     "trainer.workers",
     "objective.scheduler",
     "objective.preview_steps",
@@ -80,6 +76,8 @@ class TrainResult:
     samples_per_s: float | None
     stopped_by: str | None
     """The signal that ended it early, or ``trainer.max_hours``, if one did."""
+    num_dropped: int = 0
+    """Samples that the run went without so far, each counted as often as it came: ``trainer.on_bad_tile``."""
 
     @property
     def is_complete(self) -> bool:
@@ -95,6 +93,9 @@ class TrainResult:
         """
         return 0 if self.is_complete or not is_main_process() else _STOPPED
 
+    def _dropped(self) -> str:
+        return f"{self.num_dropped} times a sample could not be read; see {self.run / 'dropped.jsonl'}"
+
     def __rich__(self) -> Table:
         """Lay the result out for a terminal."""
         end = (
@@ -107,6 +108,7 @@ class TrainResult:
                 "loss": "-" if self.loss is None else f"{self.loss:.4f}",
                 "images/s": "-" if self.samples_per_s is None else f"{self.samples_per_s:.1f}",
                 "time": f"{self.seconds / 60:.1f} min",
+                **({"dropped": self._dropped()} if self.num_dropped else {}),
                 "checkpoint": self.checkpoint,
                 "preview": self.preview,
             },
@@ -141,6 +143,8 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
         if is_main_process():
             save_recipe(recipe, run / "recipe.yaml")
             _note_environment(run / "environment.json", str(trainer.engine))
+            if isinstance(trainer.order, MixedOrder):
+                _report_mixture(trainer.order, trainer.num_steps * recipe.trainer.batch_size, run)
             if isinstance(objective, Grown) and objective.growth is not None:
                 write_json(run / "growth.json", objective.growth)
         with writing_to(run):
@@ -148,13 +152,14 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
     return TrainResult(
         run=run,
         step=outcome.step,
-        num_steps=recipe.trainer.steps,
+        num_steps=outcome.num_steps,
         checkpoint=outcome.checkpoint.path,
         preview=run / "previews" / f"{outcome.checkpoint.path.name}.png",
         loss=outcome.loss,
         seconds=outcome.seconds,
         samples_per_s=outcome.samples_per_s,
         stopped_by=outcome.stopped_by,
+        num_dropped=outcome.num_dropped,
     )
 
 
@@ -170,12 +175,21 @@ def _must_be_same_recipe(run: Path, recipe: TrainRecipe) -> None:
             f"{run} was begun by another version of pixcell, whose recipe this one does not understand: "
             f"{error} Go on with that version, or choose another folder with --run."
         ) from error
-    free = _FREE | ({"trainer.steps"} if recipe.optimizer.schedule == "constant" else set())
+    lengths = {"trainer.steps", "trainer.epochs"}  # a cosine has its end in every rate
+    free = _FREE | (lengths if recipe.optimizer.schedule == "constant" else set())
     if found := differences(before, recipe.model_dump(mode="json"), free):
         raise RunError(
             f"{run} was begun by another recipe: {'; '.join(found)}. "
             f"Choose another folder with --run, or go on by its own recipe: pixcell train {path}"
         )
+
+
+def _report_mixture(order: MixedOrder, num_draws: int, run: Path) -> None:
+    """Show what becomes of each group in the whole run, and keep it."""
+    shares = order.shares(num_draws)
+    rows = [(one.group, one.samples, f"{one.share:.2%}", f"{one.passes:.2f}") for one in shares]
+    console.print(table(f"Mixture of {run.name}", ("group", "fields", "share", "passes of the run"), rows))
+    write_json(run / "mixture.json", [asdict(one) for one in shares])
 
 
 def _note_environment(path: Path, engine: str) -> None:

@@ -13,7 +13,7 @@ import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -219,10 +219,6 @@ class MixedOrder:
             count = len(group.samples)
             result.append(GroupShare(group.name, count, quota / self.period, draws, draws / count))
         return result
-
-    def share_records(self, num_draws: int) -> list[dict[str, Any]]:
-        """The same as JSON values."""
-        return [asdict(share) for share in self.shares(num_draws)]
 
 
 class Ranges:
