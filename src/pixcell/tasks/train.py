@@ -35,8 +35,8 @@ __all__ = ["TrainResult", "train"]
 
 _STOPPED = 75
 
-# What may differ between the starts of one run: none of it moves a weight, beyond the rounding of sums that are
-# added up in another order.
+# What may differ between the starts of one run: none of it moves a weight, beyond the rounding of sums that
+# are added up in another order.
 _FREE = {
     "name",
     "trainer.micro_batch_size",

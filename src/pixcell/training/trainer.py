@@ -115,6 +115,8 @@ class Trainer:
             self._resume()
         if self.engine.is_main:
             self._dropped = DroppedLog(self.run, self.step)
+        if self.engine.num_processes > 1:
+            console.print(f"Training on {self.engine}.", markup=False)
         with (
             dead_loaders_are_errors(self.config.workers),
             _matmul_precision(self.config.matmul_precision),
@@ -328,7 +330,8 @@ class Trainer:
         state.must_be_of(self._data_facts(), self.run)
         state.restore(self.engine, self.averages, str(checkpoint.state))
         self.step, self.seconds, self.last_checkpoint = state.step, state.seconds, checkpoint
-        console.print(f"{self.run} goes on from step {self.step} of {self.num_steps}.", markup=False)
+        goes_on = f"goes on from step {self.step} of" if self.step < self.num_steps else "is complete:"
+        console.print(f"{self.run} {goes_on} {self.num_steps} steps.", markup=False)
 
     def _data_facts(self) -> dict[str, Any]:
         return {"num_samples": self.order.num_samples, **self.order.facts, **self.objective.facts}
