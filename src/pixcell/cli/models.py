@@ -16,6 +16,10 @@ from pixcell.errors import EvaluationError
 def train(
     recipe: Annotated[str, Argument(help="A recipe file, or the name of one that comes with pixcell.")],
     run: Annotated[Path | None, Option(help="The run's folder; by default runs/<recipe name>.")] = None,
+    on_bad_tile: Annotated[
+        Literal["fail", "drop"] | None,
+        Option(help="A tile that cannot be read ends the run, or is left out and listed."),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Train a model; run it again to go on from the last checkpoint.
@@ -27,7 +31,8 @@ def train(
     from pixcell.tasks.train import train as train_model
     from pixcell.training.recipe import TrainRecipe
 
-    result = train_model(load_recipe(TrainRecipe, recipe, set_ or []), run)
+    chosen = [f"trainer.on_bad_tile={on_bad_tile}"] if on_bad_tile else []
+    result = train_model(load_recipe(TrainRecipe, recipe, [*(set_ or []), *chosen]), run)
     results.print(result)
     raise typer.Exit(result.exit_code)
 
