@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from pixcell.errors import RunError
+from pixcell.training.sharding import like
 
 __all__ = ["AveragedWeights"]
 
@@ -44,6 +45,7 @@ class AveragedWeights:
             kept = min(decay, (1 + step) / (10 + step))
             torch._foreach_lerp_([_here(average) for average in averages.values()], weights, 1 - kept)
 
+    @torch.no_grad()
     def load(self, saved: Sequence[Mapping[str, Tensor]]) -> None:
         """Go on from saved averages, whole ones, in the order of the decays.
 
@@ -56,18 +58,10 @@ class AveragedWeights:
             if odd := sorted(set(averages) ^ set(values)):
                 raise RunError(f"the saved averages are of another model: {', '.join(odd[:3])} differ(s).")
             for name, average in averages.items():
-                _fill(average, values[name])
+                average.copy_(like(values[name], average))
 
 
 def _here(weight: Tensor) -> Tensor:
     """The part of a tensor that this process holds: the whole, unless it is spread over processes."""
     weight = weight.detach()
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-@torch.no_grad()
-def _fill(average: Tensor, whole: Tensor) -> None:
-    if isinstance(average, DTensor):
-        mesh = average.device_mesh
-        whole = distribute_tensor(whole.to(mesh.device_type), mesh, average.placements)
-    average.copy_(whole)

@@ -84,12 +84,7 @@ class RunState:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> Self:
-        """Read a checkpoint's state.
-
-        Raises:
-            RunError: If a file is missing or not what was written.
-        """
-        checkpoint.verify()
+        """Read the state of a checkpoint, which is verified already: one process does that, and all read."""
         folder = checkpoint.state
         progress = _progress(folder)
         decays = _decays_in(progress)

@@ -326,6 +326,7 @@ class Trainer:
             )
         if checkpoint is None:
             return
+        self.engine.in_main(checkpoint.verify)
         state = RunState.read(checkpoint)
         state.must_be_of(self._data_facts(), self.run)
         state.restore(self.engine, self.averages, str(checkpoint.state))
