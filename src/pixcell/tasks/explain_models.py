@@ -49,7 +49,7 @@ def explain_run(path: Path, verify: bool = False) -> Facts:
     entries = {
         "recipe": settings.get("name"),
         "objective": settings.get("objective.name"),
-        "steps": f"{last} of {wanted}" + (", complete" if last == wanted else ""),
+        "steps": _progress(last, wanted, settings.get("trainer.epochs")),
         "checkpoints": len(rows),
         "previews": sum(1 for _ in (path / "previews").glob("*")) if (path / "previews").is_dir() else 0,
         "size on disk": size_text(size_of(path)),
@@ -69,6 +69,13 @@ def explain_run(path: Path, verify: bool = False) -> Facts:
             )
     sections.append(Section("recipe", settings))
     return Facts("training run", path, sections, problems, verified=verify)
+
+
+def _progress(last: int, steps: object, epochs: object) -> str:
+    """How far a run is. Steps follow from epochs and the number of samples, which a recipe does not know."""
+    if steps is None:
+        return f"{last} (the run is {epochs} epochs)" if epochs else str(last)
+    return f"{last} of {steps}" + (", complete" if last == steps else "")
 
 
 def explain_checkpoint(path: Path, verify: bool = False) -> Facts:
