@@ -18,6 +18,7 @@ from pixcell.models.codec import LatentCodec
 from pixcell.training.recipe import TrainRecipe
 
 FIELD, TILE = 32, 64
+_SHORT = {"tensorboard": False, "report": False, "mfu": False}
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def codec_recipe(store):
         "model": {"name": "autoencoder", "latent_channels": 2, "channels": [4, 8], "num_blocks": 1},
         "objective": {"name": "autoencoding", "crop_size": FIELD},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2, "clip_norm": 1.0},
-        "trainer": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1, "tensorboard": False},
+        "trainer": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1, **_SHORT},
     }
     return lambda *overrides: parse_recipe(TrainRecipe, content, overrides)
 
@@ -124,7 +125,7 @@ def recipe(store, codec_folder):
         "model": {"name": "transformer", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
         "objective": {"name": "denoising", "codec": str(codec_folder), "preview_steps": 2},
         "optimizer": {"lr": 1e-3, "clip_norm": 1.0},
-        "trainer": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1, "tensorboard": False},
+        "trainer": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1, **_SHORT},
     }
     return lambda *overrides: parse_recipe(TrainRecipe, content, overrides)
 

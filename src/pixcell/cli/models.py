@@ -38,6 +38,20 @@ def train(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, Argument(help="A run's folder: complete, in progress, stopped or killed.")],
+    out: Annotated[Path | None, Option(help="The HTML file; by default report.html in the run.")] = None,
+) -> None:
+    """Write the report of a training: curves, previews, checkpoints, starts and stops on one page.
+
+    Example: pixcell report runs/nano
+    """
+    from pixcell.tasks.training_report import report_training
+
+    results.print(report_training(run, out))
+
+
+@app.command()
 def sample(
     model: Annotated[str, Argument(help="A run, a checkpoint, or a pipeline folder.")],
     out: Annotated[Path, Option(help="Where the pictures go.")],

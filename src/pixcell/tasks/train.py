@@ -2,20 +2,22 @@
 
 runs/<name>/
 ├── recipe.yaml          as resolved, with every default
-├── environment.json     versions at each start
+├── environment.json     every start: versions, processes, from where to where, how it ended
 ├── growth.json          what was carried, rebuilt and dropped, if the model grew from another stage's
 ├── mixture.json         groups of fields, their shares and passes, if data.mix is given
 ├── dropped.jsonl        samples that could not be read and were left out, if there were any
 ├── metrics.jsonl        figures, one line per logged step; tensorboard/ shows the same
 ├── previews/            held-out tissue above what the model makes of its embeddings
-└── checkpoints/         step-…/pipeline to use, step-…/state to go on
+├── checkpoints/         step-…/pipeline to use, step-…/state to go on
+└── report.html          all of it on one page; `pixcell report` writes it anew
 """
 
 import contextlib
-import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -23,11 +25,15 @@ from pixcell.config import load_recipe, save_recipe
 from pixcell.console import console, facts, is_main_process, table
 from pixcell.errors import OutputError, RecipeError, RunError
 from pixcell.files import write_json, writing_to
-from pixcell.provenance import environment, now
+from pixcell.tasks.run_starts import noting_start
+from pixcell.tasks.training_report import report_training
 from pixcell.training.checkpoints import Checkpoint, exclusively
+from pixcell.training.determinism import BatchPlan
 from pixcell.training.differences import differences
-from pixcell.training.objectives import Grown
-from pixcell.training.order import MixedOrder
+from pixcell.training.flops import training_flops
+from pixcell.training.loading import load_batches
+from pixcell.training.objectives import Grown, Objective, OrderedSamples
+from pixcell.training.order import MixedOrder, SampleOrder
 from pixcell.training.recipe import TrainRecipe, build_objective
 from pixcell.training.trainer import Trainer
 
@@ -50,6 +56,8 @@ _FREE = {
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.tensorboard",
+    "trainer.mfu",
+    "trainer.report",
     "trainer.wandb",
     "trainer.on_bad_tile",  # a run that met one can go on without it
     "trainer.workers",
@@ -139,16 +147,19 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
                 f"{run} holds a run at step {last.step}: resume it, or choose another folder with --run."
             )
         objective = build_objective(recipe, last)
-        trainer = Trainer(objective, recipe.optimizer, recipe.trainer, run, recipe.name)
+        flops = None
+        if recipe.trainer.mfu and is_main_process():
+            flops = _flops_per_sample(objective, recipe.trainer.seed)
+        trainer = Trainer(objective, recipe.optimizer, recipe.trainer, run, recipe.name, flops)
         if is_main_process():
             save_recipe(recipe, run / "recipe.yaml")
-            _note_environment(run / "environment.json", str(trainer.engine))
             if isinstance(trainer.order, MixedOrder):
                 _report_mixture(trainer.order, trainer.num_steps * recipe.trainer.batch_size, run)
             if isinstance(objective, Grown) and objective.growth is not None:
                 write_json(run / "growth.json", objective.growth)
-        with writing_to(run):
+        with writing_to(run), _noted(run, trainer, last.step if last else 0) as end:
             outcome = trainer.fit(resume, started)
+            end |= {"step": outcome.step, "ended_by": outcome.stopped_by or "its last step"}
     return TrainResult(
         run=run,
         step=outcome.step,
@@ -192,7 +203,37 @@ def _report_mixture(order: MixedOrder, num_draws: int, run: Path) -> None:
     write_json(run / "mixture.json", [asdict(one) for one in shares])
 
 
-def _note_environment(path: Path, engine: str) -> None:
-    """Add the versions and processes of this start: one run may be resumed on other machines."""
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    write_json(path, [*starts, {"started": now(), "engine": engine, **environment()}])
+@contextlib.contextmanager
+def _noted(run: Path, trainer: Trainer, from_step: int) -> Iterator[dict[str, Any]]:
+    """Note the start and its end, and write the report, also of a start that an error ends."""
+    if not is_main_process():
+        yield {}
+        return
+    facts = {"engine": str(trainer.engine), "from_step": from_step, "steps": trainer.num_steps}
+    try:
+        with noting_start(run / "environment.json", facts) as end:
+            try:
+                yield end
+            finally:
+                end.setdefault("step", trainer.step)
+    except BaseException:
+        # On a full disk there is no room for it either; the error that is on its way tells more.
+        with contextlib.suppress(OutputError):
+            _report(run, trainer)
+        raise
+    _report(run, trainer)
+
+
+def _report(run: Path, trainer: Trainer) -> None:
+    if trainer.config.report:
+        report_training(run)
+
+
+def _flops_per_sample(objective: Objective, seed: int) -> float | None:
+    """FLOPs of a training step by sample, counted on the first one; None where they cannot be counted."""
+    samples = objective.samples
+    order = samples.order(seed) if isinstance(samples, OrderedSamples) else SampleOrder(len(samples), seed)
+    plan = BatchPlan(order, batch_size=1, micro_batch_size=1, first_step=0, last_step=1)
+    # Only its shapes count: a tile that cannot be read is the training's to find.
+    batch = next(load_batches(samples, plan, seed=seed, on_bad_tile="drop"))
+    return training_flops(objective, {**batch.samples, "step": 0})

@@ -207,7 +207,7 @@ def note_of(figures: Mapping[str, float]) -> str:
         parts.append(f"gradient {figures['gradient_norm']:.2g}")
     parts += [f"lr {figures['lr']:.2g}", f"{figures['samples_per_s']:.1f} images/s"]
     if "flop_use" in figures:
-        parts.append(f"MFU {figures['flop_use']:.0%}")
+        parts.append(f"MFU {100 * figures['flop_use']:.3g}%")
     return ", ".join(parts)
 
 

@@ -52,6 +52,11 @@ class TrainerConfig(Config):
     tensorboard: bool = True
     wandb: WandbConfig | None = None
     """Show the run at Weights & Biases, too: ``{project: ...}``."""
+    mfu: bool = True
+    """Log the share of the device's peak that goes into the model: counted and timed at the start, about a
+    second."""
+    report: bool = True
+    """Write ``report.html`` when the training ends; ``pixcell report RUN`` does so at any time."""
     workers: int = Field(0, ge=0)
     """Loader processes; 0 prepares samples between steps. Does not change the run."""
     device: Literal["auto", "cpu"] = "auto"
