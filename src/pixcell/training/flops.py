@@ -2,9 +2,9 @@
 
 Arithmetic is counted, not estimated: the loss and its gradients run once on tensors without content, and
 every matrix product, convolution and attention among them adds its FLOPs. A multiplication with its addition
-is two. What is computed twice to save memory (gradient checkpointing, the scores that fused attention computes
-again on the way back) counts once, and so does what a step really needs: with one condition token,
-cross-attention needs no scores, and none are counted.
+is two. What is computed twice to save memory (gradient checkpointing, the scores that fused attention
+computes again on the way back) counts once, and what is not computed does not count: with one condition
+token, cross-attention needs no scores.
 
     model FLOP use = FLOPs of a sample * samples a second / (peak of a device * number of devices)
 
@@ -14,7 +14,7 @@ Source: Chowdhery et al. 2022, "PaLM", appendix B (https://arxiv.org/abs/2204.02
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from pixcell.training.objectives import Objective
 __all__ = [
     "PUBLISHED_PEAKS",
     "Peak",
+    "count_flops",
     "flop_use",
     "matmul_precision",
     "peak_of",
@@ -85,9 +86,9 @@ class Peak:
 def training_flops(objective: Objective, batch: Mapping[str, Any]) -> int | None:
     """Count the FLOPs of the loss of a batch and of the gradients of all weights that are trained.
 
-    ``objective.loss`` is called twice: as it is, without gradients, so that tables which are made at first use
-    get their content; then on tensors that have shapes and no content. No weight or gradient is touched. Call
-    it before the model is wrapped or spread over processes.
+    ``objective.loss`` is called twice: as it is, without gradients, so that tables which are made at first
+    use get their content; then on tensors that have shapes and no content. No weight or gradient is touched.
+    Call it before the model is wrapped or spread over processes.
 
     Args:
         objective: What is trained.
@@ -102,25 +103,35 @@ def training_flops(objective: Objective, batch: Mapping[str, Any]) -> int | None
         FakeTensorMode,
     )
 
-    weights = [weight for weight in objective.trainable.parameters() if weight.requires_grad]
     without_content = FakeTensorMode(allow_non_fake_inputs=True)
-    counter = FlopCounterMode(display=False)
-    hollow = tree_map_only(Tensor, without_content.from_tensor, dict(batch))
+    hollow_batch = tree_map_only(Tensor, without_content.from_tensor, dict(batch))
     with torch.no_grad():
         objective.loss(batch)
     try:
-        # Attention as plain products: a fused kernel's backward counts the scores it computes again.
-        with (
-            _computing_once(objective.trainable),
-            sdpa_kernel(SDPBackend.MATH),
-            torch.enable_grad(),
-            without_content,
-            counter,
-        ):
-            loss = objective.loss(hollow).per_sample.mean()
-            torch.autograd.grad(loss, weights, allow_unused=True)
+        with without_content:
+            return count_flops(objective.trainable, lambda: objective.loss(hollow_batch).per_sample.mean())
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
+
+
+def count_flops(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Count the FLOPs of a loss and of its gradients.
+
+    Called with :func:`pixcell.training.memory.hollow` around it, it costs neither time nor memory.
+
+    Args:
+        model: Whose weights want gradients.
+        loss: Calls the model and returns a scalar.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # Attention as plain products: a fused kernel's backward counts the scores that it computes again.
+    with (
+        _computing_once(model),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.enable_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):
+        torch.autograd.grad(loss(), weights, allow_unused=True)
     return int(counter.get_total_flops())
 
 
@@ -134,9 +145,7 @@ def flop_use(flops_per_sample: float, samples_per_s: float, peak: Peak, num_devi
     return flops_per_sample * samples_per_s / (peak.flops_per_s * num_devices)
 
 
-def peak_of(
-    device: torch.device, precision: Precision, rounding: MatmulPrecision = "highest"
-) -> Peak:
+def peak_of(device: torch.device, precision: Precision, rounding: MatmulPrecision = "highest") -> Peak:
     """Return the peak of a device in the number format that a training multiplies in.
 
     A processor, and a GPU that is not in :data:`PUBLISHED_PEAKS`, is measured: the best of a few products of
