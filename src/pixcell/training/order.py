@@ -79,7 +79,13 @@ class BlockOrder:
         ([1, 1, 1], [0, 1, 10, 11, 20, 21])
     """
 
-    def __init__(self, starts: Sequence[int], sizes: Sequence[int], seed: int, at_once: int) -> None:
+    def __init__(
+        self,
+        starts: np.ndarray | Sequence[int],
+        sizes: np.ndarray | Sequence[int],
+        seed: int,
+        at_once: int,
+    ) -> None:
         self._starts, self._sizes = np.asarray(starts, np.int64), np.asarray(sizes, np.int64)
         if len(self._starts) != len(self._sizes) or not len(self._sizes) or self._sizes.min() < 1:
             raise ValueError("a block order needs blocks of at least one sample, each with its start")
