@@ -113,6 +113,28 @@ def test_the_flow_is_trained_at_pure_noise_where_sampling_begins(recipe):
     assert times.max() in range(951, 1001)
 
 
+def test_logit_normal_times_are_most_often_in_the_middle(recipe):
+    """Their logits are normal: 2.3 % lie beyond two deviations on either side, half below the mean."""
+    changes = ("objective.target=flow", "objective.learn_variance=false", "objective.scheduler=euler")
+    times = "objective.times={name: logit-normal, mean: 0.5, std: 1.0}"
+    samples = build_objective(recipe(*changes, times)).samples
+    drawn = np.array([one["timestep"] for one in samples.draw([0] * 4000, rngs(4000))])
+    assert drawn.min() >= 1
+    assert drawn.max() <= 1000
+    logits = [np.log(share / (1 - share)) for share in (drawn - 0.5) / 1000]
+    # Four standard errors of a mean and of a deviation over 4000 draws.
+    assert np.mean(logits) == pytest.approx(0.5, abs=0.064)
+    assert np.std(logits) == pytest.approx(1.0, abs=0.045)
+
+
+@pytest.mark.parametrize("share", ["-1e9", "1e9"])
+def test_extreme_times_stay_on_the_line(recipe, share):
+    changes = ("objective.target=flow", "objective.learn_variance=false", "objective.scheduler=euler")
+    times = f"objective.times={{name: logit-normal, mean: {share}, std: 1e-3}}"
+    (drawn,) = build_objective(recipe(*changes, times)).samples.draw([0], rngs(1))
+    assert drawn["timestep"] == (1 if share.startswith("-") else 1000)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
