@@ -22,6 +22,8 @@ from pixcell.geometry import Box
 __all__ = [
     "Column",
     "differences",
+    "npy_header",
+    "read_fields",
     "read_sidecar",
     "sidecar_of",
     "stale_message",
@@ -125,7 +127,7 @@ def write_column_shard(
     count = 0
     with write_whole(shard, keep_existing=True) as temporary:
         with temporary.open("wb") as file:
-            file.write(_header(num_tiles, shape, dtype))
+            file.write(npy_header((num_tiles, *shape), dtype))
             for batch in records:
                 if batch.shape[1:] != shape or batch.dtype != dtype:
                     raise StoreError(
@@ -150,10 +152,10 @@ def write_column_shard(
         )
 
 
-def _header(num_tiles: int, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """Return the header of version 1.0 of the ``.npy`` format; its length depends on its content only."""
     buffer = io.BytesIO()
-    facts = {"descr": dtype.str, "fortran_order": False, "shape": (num_tiles, *shape)}
+    facts = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
     np.lib.format.write_array_header_1_0(buffer, facts)
     return buffer.getvalue()
 
@@ -202,8 +204,7 @@ class Column:
             slide_id = shard.name.removesuffix(".npy")
             self.num_tiles[slide_id] = facts["num_tiles"]
             self.made_from[slide_id] = facts["images_sha256"]
-        self._field_bytes = math.prod(self.shape[2:]) * self.dtype.itemsize
-        self._record_bytes = self.shape[0] * self.shape[1] * self._field_bytes
+        self._record_bytes = math.prod(self.shape) * self.dtype.itemsize
         self._files = OpenFiles(self._open, max_open)
 
     @property
@@ -233,20 +234,10 @@ class Column:
 
     def read_into(self, out: np.ndarray, slide_id: str, tile: int, fields: Box) -> None:
         """Read fields of a tile into a contiguous array of their size and dtype; see :meth:`read`."""
-        rows, columns = self.shape[:2]
-        if fields.x < 0 or fields.y < 0 or fields.right > columns or fields.bottom > rows:
-            raise ValueError(f"fields {fields} reach outside the {rows} x {columns} fields of a tile")
         file, start = self._files[slide_id]
         if not 0 <= tile < self.num_tiles[slide_id]:
             raise IndexError(f"tile {tile} of {self.num_tiles[slide_id]} in slide {slide_id!r}")
-        start += tile * self._record_bytes
-        buffer = memoryview(out).cast("B")  # type: ignore[arg-type]
-        # Fields of one row lie beside each other; whole rows do, too.
-        stretches = 1 if fields.width == columns else fields.height
-        length = len(buffer) // stretches
-        for stretch in range(stretches):
-            offset = start + ((fields.y + stretch) * columns + fields.x) * self._field_bytes
-            file.read_into(buffer[stretch * length : (stretch + 1) * length], offset)
+        read_fields(out, file, start + tile * self._record_bytes, self.shape, fields)
 
     def array(self, slide_id: str) -> np.ndarray:
         """Return all records of a slide, ``(tiles, *shape)``, mapped into memory, read-only."""
@@ -263,7 +254,7 @@ class Column:
             raise MissingColumn(
                 f"slide {slide_id!r} is not in column {self.name!r} yet. Run `pixcell encode` to complete it."
             )
-        header = _header(self.num_tiles[slide_id], self.shape, self.dtype)
+        header = npy_header((self.num_tiles[slide_id], *self.shape), self.dtype)
         file = OpenFile(self._shard(slide_id))
         size = len(header) + self.num_tiles[slide_id] * self._record_bytes + SEAL_BYTES
         if file.size != size or file.read(len(header), 0) != header:
@@ -272,6 +263,34 @@ class Column:
                 f"{size}, or another header). Delete it with its .json and encode the slide again."
             )
         return file, len(header)
+
+
+def read_fields(
+    out: np.ndarray, file: OpenFile, record_start: int, shape: tuple[int, ...], fields: Box
+) -> None:
+    """Read fields of a field-major record that begins at a byte of a file, and nothing else of it.
+
+    Args:
+        out: Contiguous array of the fields' size, in the dtype of the record.
+        file: Where the record is.
+        record_start: First byte of the record in the file.
+        shape: Of the whole record, ``(rows, columns, ...)``.
+        fields: Which fields, counted in fields (x is the column).
+
+    Raises:
+        CorruptShard: If the file ends before the record does.
+    """
+    rows, columns = shape[:2]
+    if fields.x < 0 or fields.y < 0 or fields.right > columns or fields.bottom > rows:
+        raise ValueError(f"fields {fields} reach outside the {rows} x {columns} fields of a tile")
+    size = math.prod(shape[2:]) * out.dtype.itemsize
+    buffer = memoryview(out).cast("B")  # type: ignore[arg-type]
+    # Fields of one row lie beside each other; whole rows do, too.
+    stretches = 1 if fields.width == columns else fields.height
+    length = len(buffer) // stretches
+    for stretch in range(stretches):
+        offset = record_start + ((fields.y + stretch) * columns + fields.x) * size
+        file.read_into(buffer[stretch * length : (stretch + 1) * length], offset)
 
 
 def _between(stored: Any, given: Any, key: str, first: str, second: str) -> list[str]:

@@ -20,7 +20,7 @@ from pixcell.data.sealed import OpenFile, seal, sealed_digest
 from pixcell.errors import CorruptShard, NoTissue
 from pixcell.files import write_whole
 
-__all__ = ["ImageShard", "TileRecord", "is_whole_jpeg", "write_image_shard"]
+__all__ = ["ImageShard", "TileRecord", "decode_tile", "is_whole_jpeg", "write_image_shard"]
 
 _CHUNK = 1 << 18
 _NUMBERS = {"x": np.int64, "y": np.int64, "tissue": np.float64, "pen": np.float64, "sharpness": np.float64}
@@ -80,6 +80,27 @@ def is_whole_jpeg(data: bytes) -> bool:
     False
     """
     return data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") >= 0
+
+
+def decode_tile(jpeg: bytes, place: str, way_out: str) -> np.ndarray:
+    """Return the pixels of a stored JPEG, (height, width, 3) uint8.
+
+    Args:
+        jpeg: Its bytes.
+        place: Which tile it is, for messages.
+        way_out: What to do if it is damaged, for messages.
+
+    Raises:
+        CorruptShard: If it is cut short or does not decode.
+    """
+    from imagecodecs import JpegError, jpeg_decode
+
+    if not is_whole_jpeg(jpeg):
+        raise CorruptShard(f"{place} is cut short: its JPEG has no end. {way_out}")
+    try:
+        return jpeg_decode(jpeg, outcolorspace="RGB")
+    except JpegError as error:
+        raise CorruptShard(f"{place} does not decode: {error}. {way_out}") from error
 
 
 def write_image_shard(
@@ -229,18 +250,9 @@ class ImageShard:
         Raises:
             CorruptShard: If the JPEG is cut short or does not decode.
         """
-        from imagecodecs import JpegError, jpeg_decode
-
-        data = self.jpeg(tile)
-        if not is_whole_jpeg(data):
-            raise CorruptShard(
-                f"tile {tile} of {self.path} is cut short: its JPEG has no end. Delete the shard "
-                "and tile the slide again."
-            )
-        try:
-            return jpeg_decode(data, outcolorspace="RGB")
-        except JpegError as error:
-            raise CorruptShard(f"tile {tile} of {self.path} does not decode: {error}.") from error
+        return decode_tile(
+            self.jpeg(tile), f"tile {tile} of {self.path}", "Delete the shard and tile the slide again."
+        )
 
     def __enter__(self) -> Self:
         return self

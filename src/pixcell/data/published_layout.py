@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,21 @@ from pixcell.errors import MissingColumn, OutputError, StoreError, StoreMismatch
 from pixcell.files import write_whole
 from pixcell.provenance import hash_of
 
-__all__ = ["FeaturePlace", "ImportedColumn", "export_slide", "exportable_columns", "import_slide"]
+__all__ = [
+    "FILE_SHAPES",
+    "PUBLISHED_CODEC",
+    "RECORD_SHAPES",
+    "SUFFIXES",
+    "FeaturePlace",
+    "ImportedColumn",
+    "export_slide",
+    "exportable_columns",
+    "feature_path",
+    "import_slide",
+    "load_feature",
+    "published_columns",
+    "to_record",
+]
 
 FeaturePlace = Literal["beside", "features"]
 """Where features are: beside the images (documented), or below ``features/`` (as in the published code)."""
@@ -34,9 +49,29 @@ FeaturePlace = Literal["beside", "features"]
 _FIELD = 256
 _SIDE, _CELLS = TILE_SIZE // _FIELD, _FIELD // 8
 _LATENTS, _EMBEDDINGS = "_sd3_vae.npy", "_uni.npy"
-_SUFFIXES = {"latents": _LATENTS, "embeddings": _EMBEDDINGS}
-_FILE_SHAPES = {_LATENTS: (32, 128, 128), _EMBEDDINGS: (16, 1536)}
-_RECORD_SHAPES = {_LATENTS: (_SIDE, _SIDE, 32, _CELLS, _CELLS), _EMBEDDINGS: (_SIDE, _SIDE, 1536)}
+SUFFIXES = {"latents": _LATENTS, "embeddings": _EMBEDDINGS}
+"""What a feature's file name ends in, by kind."""
+FILE_SHAPES: dict[str, tuple[int, ...]] = {_LATENTS: (32, 128, 128), _EMBEDDINGS: (16, 1536)}
+"""Shape of a tile's array, by the ending of its file."""
+RECORD_SHAPES: dict[str, tuple[int, ...]] = {
+    _LATENTS: (_SIDE, _SIDE, 32, _CELLS, _CELLS),
+    _EMBEDDINGS: (_SIDE, _SIDE, 1536),
+}
+"""Shape of a tile's record in fields of 256 px, by the ending of its file."""
+
+_NOT_RECORDED = "not recorded"
+PUBLISHED_CODEC: Mapping[str, Any] = MappingProxyType(
+    {
+        "name": "stabilityai/stable-diffusion-3.5-large",
+        "class": "AutoencoderKL",
+        "sha256": _NOT_RECORDED,
+        "latent_channels": 16,
+        "downsampling": 8,
+        "scale": 1.5305,
+        "shift": 0.0609,
+    }
+)
+"""The autoencoder of the published latents, as documented with the layout."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +80,34 @@ class ImportedColumn:
 
     name: str
     made_by: Mapping[str, Any]
+
+
+def published_columns(
+    codec: Mapping[str, Any] = PUBLISHED_CODEC,
+    latents: str = "latents-sd3",
+    embeddings: str = "embeddings-uni2-h",
+) -> dict[str, ImportedColumn]:
+    """Return what is known of the published features, by kind.
+
+    Args:
+        codec: Facts about the autoencoder, where it is at hand; the layout does not record its weights.
+        latents: Name of the column of latents.
+        embeddings: Name of the column of embeddings.
+
+    Raises:
+        StoreError: If such an autoencoder cannot have made published latents.
+    """
+    if (codec["latent_channels"], codec["downsampling"]) != (16, 8):
+        raise StoreError(
+            f"{codec['name']} cannot have made published latents: it has {codec['latent_channels']} channels "
+            f"and shrinks by {codec['downsampling']}; they have 16 and 8."
+        )
+    common = {"field_size": _FIELD, "source": "published layout"}
+    encoder = {"name": "uni2-h", "sha256": _NOT_RECORDED, "dim": 1536}
+    return {
+        "latents": ImportedColumn(latents, {"kind": "latents", "codec": dict(codec), **common}),
+        "embeddings": ImportedColumn(embeddings, {"kind": "embeddings", "encoder": encoder, **common}),
+    }
 
 
 def import_slide(
@@ -76,13 +139,13 @@ def import_slide(
     }
     count = store.write_images(slide.slide_id, _tiles(root, store, slide), facts)
     for kind, column in columns.items():
-        suffix = _SUFFIXES[kind]
-        files = (_feature(root, name, suffix, features_in) for name in slide.names)
+        suffix = SUFFIXES[kind]
+        files = (feature_path(root, name, suffix, features_in) for name in slide.names)
         store.write_column(
             column.name,
             slide.slide_id,
-            (_to_record(_load(path, suffix), suffix)[None] for path in files),
-            shape=_RECORD_SHAPES[suffix],
+            (to_record(load_feature(path, suffix), suffix)[None] for path in files),
+            shape=RECORD_SHAPES[suffix],
             dtype=np.float16,
             made_by=column.made_by,
             num_tiles=count,
@@ -139,7 +202,12 @@ def _tiles(root: Path, store: TileStore, slide: PublishedSlide) -> Iterator[tupl
         )
 
 
-def _feature(root: Path, name: str, suffix: str, features_in: FeaturePlace | None) -> Path:
+def feature_path(root: Path, name: str, suffix: str, features_in: FeaturePlace | None) -> Path:
+    """Return where the feature of a tile is; both places are looked at unless one is given.
+
+    Raises:
+        StoreError: If it is at none of them, or at both.
+    """
     relative = name.removesuffix(".jpeg") + suffix
     places = {"beside": root / "patches" / relative, "features": root / "features" / relative}
     looked = [features_in] if features_in else list(places)
@@ -158,31 +226,36 @@ def _feature(root: Path, name: str, suffix: str, features_in: FeaturePlace | Non
     return found[0]
 
 
-def _load(path: Path, suffix: str) -> np.ndarray:
+def load_feature(path: Path, suffix: str) -> np.ndarray:
+    """Return the array of one tile, as published.
+
+    Raises:
+        StoreError: If it cannot be read, or is of another shape.
+    """
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise StoreError(f"{path} cannot be read as an array: {error}.") from error
-    if array.shape != _FILE_SHAPES[suffix] or array.dtype != np.float16:
+    if array.shape != FILE_SHAPES[suffix] or array.dtype != np.float16:
         raise StoreError(
             f"{path} holds {array.shape} {array.dtype}; a published {suffix} holds "
-            f"{_FILE_SHAPES[suffix]} float16."
+            f"{FILE_SHAPES[suffix]} float16."
         )
     return array
 
 
-def _to_record(array: np.ndarray, suffix: str) -> np.ndarray:
+def to_record(array: np.ndarray, suffix: str) -> np.ndarray:
     """Cut a published array into fields, ``(4, 4, ...)``."""
     if suffix == _EMBEDDINGS:
-        return array.reshape(_RECORD_SHAPES[suffix])
+        return array.reshape(RECORD_SHAPES[suffix])
     return array.reshape(32, _SIDE, _CELLS, _SIDE, _CELLS).transpose(1, 3, 0, 2, 4)
 
 
 def _from_record(record: np.ndarray, suffix: str) -> np.ndarray:
-    """Put fields together again; the inverse of :func:`_to_record`."""
+    """Put fields together again; the inverse of :func:`to_record`."""
     if suffix == _EMBEDDINGS:
-        return record.reshape(_FILE_SHAPES[suffix])
-    return np.ascontiguousarray(record.transpose(2, 0, 3, 1, 4)).reshape(_FILE_SHAPES[suffix])
+        return record.reshape(FILE_SHAPES[suffix])
+    return np.ascontiguousarray(record.transpose(2, 0, 3, 1, 4)).reshape(FILE_SHAPES[suffix])
 
 
 def exportable_columns(
@@ -206,8 +279,8 @@ def exportable_columns(
         )
     result = {}
     for kind, name in {"latents": latents, "embeddings": embeddings}.items():
-        suffix = _SUFFIXES[kind]
-        shape = _RECORD_SHAPES[suffix]
+        suffix = SUFFIXES[kind]
+        shape = RECORD_SHAPES[suffix]
         if name is None:
             fitting = [one.name for one in store.summary() if one.shape == shape]
             if not fitting:
@@ -267,7 +340,7 @@ def export_slide(
     shard = store.images(slide_id)
     published = shard.slide.get("published")
     positions = [first + i for first, count in published["runs"] for i in range(count)] if published else []
-    opened = {suffix: store.column(columns[kind]) for kind, suffix in _SUFFIXES.items()}
+    opened = {suffix: store.column(columns[kind]) for kind, suffix in SUFFIXES.items()}
     result: list[tuple[str, str, int | None]] = []
     for tile, facts in enumerate(shard.tiles):
         if published:

@@ -3,7 +3,7 @@
 import csv
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from rich.table import Table
 from pixcell.console import facts, progress
 from pixcell.data.published_index import PublishedSlide, exported_order, read_index, slides_in, write_index
 from pixcell.data.published_layout import (
+    PUBLISHED_CODEC,
     FeaturePlace,
     ImportedColumn,
     export_slide,
     exportable_columns,
     import_slide,
+    published_columns,
 )
 from pixcell.data.store import TileStore
 from pixcell.errors import SomeFailed, StoreError
@@ -25,9 +27,6 @@ from pixcell.files import write_text
 from pixcell.parallel import Done, Failed, default_workers, map_slides
 
 __all__ = ["PublishedResult", "export_published_layout", "import_published_layout"]
-
-_NOT_RECORDED = "not recorded"
-_FIELDS = {"field_size": 256, "source": "published layout"}
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,9 @@ def import_published_layout(
         raise StoreError(f"{root} has no source {unknown[0]!r}; it has {', '.join(sorted(index))}.")
     slides = slides_in({source: names for source, names in index.items() if not sources or source in sources})
     target = TileStore.create(store, {"tile_size": 1024, "mpp": mpp, "layout": "published PixCell"})
-    columns: dict[str, ImportedColumn] = {}
-    if latents:
-        made_by = {"kind": "latents", "codec": _codec_facts(codec), **_FIELDS}
-        columns["latents"] = ImportedColumn(latents_column, made_by)
-    if embeddings:
-        encoder = {"name": "uni2-h", "sha256": _NOT_RECORDED, "dim": 1536}
-        made_by = {"kind": "embeddings", "encoder": encoder, **_FIELDS}
-        columns["embeddings"] = ImportedColumn(embeddings_column, made_by)
+    known = published_columns(_codec_facts(codec), latents_column, embeddings_column)
+    wanted = {"latents": latents, "embeddings": embeddings}
+    columns = {kind: column for kind, column in known.items() if wanted[kind]}
     work = functools.partial(_import_one, root, target, columns, features_in)
     num_tiles, failures = 0, []
     with progress("Importing", sum(len(slide.names) for slide in slides)) as advance:
@@ -129,27 +123,12 @@ def _import_one(
     return import_slide(root, store, slide, columns=columns, features_in=features_in)
 
 
-def _codec_facts(codec: str | None) -> dict[str, Any]:
+def _codec_facts(codec: str | None) -> Mapping[str, Any]:
     if codec is None:
-        # Values of the SD3 autoencoder, as documented with the layout.
-        return {
-            "name": "stabilityai/stable-diffusion-3.5-large",
-            "class": "AutoencoderKL",
-            "sha256": _NOT_RECORDED,
-            "latent_channels": 16,
-            "downsampling": 8,
-            "scale": 1.5305,
-            "shift": 0.0609,
-        }
+        return PUBLISHED_CODEC
     from pixcell.models.codec import LatentCodec
 
-    stated = LatentCodec.from_pretrained(codec).made_by()
-    if (stated["latent_channels"], stated["downsampling"]) != (16, 8):
-        raise StoreError(
-            f"{codec} cannot have made published latents: it has {stated['latent_channels']} channels and "
-            f"shrinks by {stated['downsampling']}; they have 16 and 8."
-        )
-    return stated
+    return LatentCodec.from_pretrained(codec).made_by()
 
 
 def export_published_layout(
