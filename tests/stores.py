@@ -1,6 +1,9 @@
 """Small real tile stores for tests, and work on them that a test can run in another process."""
 
 import io
+import os
+import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +101,65 @@ def write_until_killed(path: str) -> None:
                 print("writing", flush=True)
 
     store.write_images("killed", endless(), {"fingerprint": "killed"})
+
+
+def kill_while_packing(store: str, work: str) -> None:
+    """Kill a process that packs, before and after each thing it does to the disk, and let another go on.
+
+    Prints the number of moments. Each child is a fork of this process, which has touched nothing yet.
+    """
+    import pixcell.tasks.pack  # noqa: F401 - once, not in every child
+
+    reference = Path(work) / "whole"
+    moments = _in_a_fork(store, reference, 0)
+    assert moments == 0
+    whole = contents(reference)
+    moment = 0
+    while True:
+        moment += 1
+        folder = Path(work) / f"killed-{moment}"
+        if _in_a_fork(store, folder, moment) == 0:
+            break
+        assert _in_a_fork(store, folder, 0) == 0, f"after a kill at moment {moment} it does not go on"
+        assert contents(folder) == whole, f"after a kill at moment {moment} the bytes differ"
+        assert not (folder / "packing").exists()
+    print(moment - 1)
+
+
+def _in_a_fork(store: str, folder: Path, moment: int) -> int:
+    """Pack in a child, which dies at the given moment; return 0 if it came to its end, else the signal."""
+    child = os.fork()
+    if child == 0:
+        from pixcell.tasks.pack import pack_store
+
+        _die_at(moment)
+        pack_store(Path(store), folder, shard_size=50_000, workers=1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def _die_at(moment: int) -> None:
+    passed = 0
+
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal passed
+            passed += 1
+            if passed == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            passed += 1
+            if passed == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    os.fsync = counted(lambda descriptor: None)  # a killed process loses nothing that it had written
+    shutil.rmtree = counted(shutil.rmtree)
+    for name in ("replace", "mkdir"):
+        setattr(Path, name, counted(getattr(Path, name)))
 
 
 def fill_many(path: str, *slide_ids: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from pixcell.cli.shared import Device, Overrides, Recipe, app, call
+from pixcell.cli.shared import Device, Overrides, Recipe, app, attributes, call, split
 from pixcell.config import load_recipe
 from pixcell.console import results
 
@@ -119,3 +119,34 @@ def export_(
     from pixcell.tasks.published import export_published_layout
 
     results.print(call("export", export_published_layout, {"store": store, "root": published}, set_))
+
+
+@app.command()
+def pack(
+    store: Annotated[Path, Argument(help="A tile store.")],
+    folder: Annotated[Path, Argument(help="Where the shards go; what is there already stays.")],
+    columns: Annotated[
+        list[str] | None, Option(help="Columns to take, images among them: a,b,c. By default all.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, Option(help="Take tiles with this attribute: split=train. Repeatable.")
+    ] = None,
+    shard_size: Annotated[str, Option(help="About how large a shard is.")] = "512MB",
+    workers: Annotated[int | None, Option(min=1, help="Processes; by default one per processor.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Write a store as WebDataset shards, to train from object storage.
+
+    Example: pixcell pack stores/brca packs/brca --columns latents-sd3.5,embeddings-uni2-h,images
+    """
+    from pixcell.tasks.pack import pack_store
+
+    given = {
+        "store": store,
+        "folder": folder,
+        "columns": split(columns),
+        "where": attributes(where),
+        "shard_size": shard_size,
+        "workers": workers,
+    }
+    results.print(call("pack", pack_store, given, set_))

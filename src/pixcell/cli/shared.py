@@ -9,8 +9,9 @@ from pydantic import ConfigDict, create_model
 from typer import Option
 
 from pixcell.config import Config, parse_recipe
+from pixcell.errors import RecipeError
 
-__all__ = ["Device", "Overrides", "Recipe", "app", "call"]
+__all__ = ["Device", "Overrides", "Recipe", "app", "attributes", "call", "split"]
 
 app = typer.Typer(
     name="pixcell",
@@ -43,3 +44,23 @@ def call(command: str, task: Callable[..., Any], given: dict[str, Any], override
     kind: type[Config] = create_model("Options", __base__=_Options, **fields)  # type: ignore[call-overload]
     options = parse_recipe(kind, given, overrides or (), source=f"pixcell {command}")
     return task(**{name: getattr(options, name) for name in fields})
+
+
+def split(values: list[str] | None) -> list[str] | None:
+    """Take a list given as ``a,b``, as repeated options, or both, apart. None stays None."""
+    return None if values is None else [part for value in values for part in value.split(",")]
+
+
+def attributes(pairs: list[str] | None) -> dict[str, list[str]]:
+    """Collect ``attribute=value`` options into values by attribute.
+
+    Raises:
+        RecipeError: If one is of another form.
+    """
+    collected: dict[str, list[str]] = {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not (name and separator and value):
+            raise RecipeError(f"--where {pair!r} is not of the form attribute=value, such as split=train.")
+        collected.setdefault(name, []).append(value)
+    return collected
