@@ -9,7 +9,7 @@ from typer import Argument, Option
 from pixcell.cli.shared import Device, Overrides, app, call
 from pixcell.config import load_recipe
 from pixcell.console import results
-from pixcell.errors import EvaluationError
+from pixcell.errors import EvaluationError, RecipeError
 
 
 @app.command()
@@ -20,6 +20,13 @@ def train(
         Literal["fail", "drop"] | None,
         Option(help="A tile that cannot be read ends the run, or is left out and listed."),
     ] = None,
+    plan: Annotated[
+        bool, Option("--plan", help="Only say what it will take: memory, time, disk. Writes nothing.")
+    ] = False,
+    processes: Annotated[int, Option(min=1, help="With --plan: devices that would train together.")] = 1,
+    probe: Annotated[
+        bool, Option("--probe/--no-probe", help="With --plan: time a few steps here, half a minute.")
+    ] = True,
     set_: Overrides = None,
 ) -> None:
     """Train a model; run it again to go on from the last checkpoint.
@@ -27,12 +34,24 @@ def train(
     Ends with 0 when complete, 75 when a signal or trainer.max_hours stopped it early, 2 on errors.
 
     Example: pixcell train nano --set data.store=stores/brca --set trainer.steps=2000
+
+    Before: pixcell train train-256-paper --plan --processes 16
     """
+    from pixcell.tasks.plan import plan as plan_training
     from pixcell.tasks.train import train as train_model
     from pixcell.training.recipe import TrainRecipe
 
     chosen = [f"trainer.on_bad_tile={on_bad_tile}"] if on_bad_tile else []
-    result = train_model(load_recipe(TrainRecipe, recipe, [*(set_ or []), *chosen]), run)
+    wanted = load_recipe(TrainRecipe, recipe, [*(set_ or []), *chosen])
+    if plan:
+        results.print(plan_training(wanted, processes, probe))
+        return
+    if processes != 1 or not probe:
+        raise RecipeError(
+            "--processes and --no-probe are for --plan; a launcher decides how many processes train: "
+            "torchrun --nproc-per-node N -m pixcell train RECIPE."
+        )
+    result = train_model(wanted, run)
     results.print(result)
     raise typer.Exit(result.exit_code)
 

@@ -25,6 +25,7 @@ from pixcell.training.trainer_config import TrainerConfig
 __all__ = ["Probe", "Rehearsal", "StepTimes", "probe"]
 
 _MOST_STEPS = 12
+_NO_END = 10**9
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Rehearsal:
             batch_size=config.batch_size,
             micro_batch_size=self.micro_batch_size,
             first_step=0,
-            last_step=self._num_steps,
+            last_step=_NO_END,
         )
         return load_batches(
             samples,
