@@ -1,5 +1,6 @@
 """A checkpoint is there as a whole, or not at all."""
 
+import hashlib
 import json
 
 import pytest
@@ -83,6 +84,42 @@ def test_only_the_last_are_kept(tmp_path):
         "step-00000002",
         "step-00000010",
     ]
+
+
+def test_some_are_kept_for_good(tmp_path):
+    for step in (10, 20, 25, 30, 40, 45):
+        write_checkpoint(tmp_path, step, write)
+    deleted = prune(tmp_path, keep_last=1, keep_every=20)
+    assert [path.name[-2:] for path in deleted] == ["10", "25", "30"]
+    assert sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir()) == ["20", "40", "45"]
+
+
+def test_the_way_out_says_where_the_run_goes_on(tmp_path):
+    first = write_checkpoint(tmp_path, 5, write)
+    last = write_checkpoint(tmp_path, 100, write)
+    for checkpoint, way_out in (
+        (last, "Delete .*step-00000100 to go on from the checkpoint before it, step-00000005"),
+        (first, "Delete .*step-00000005 to begin the run anew; there is no checkpoint before it"),
+    ):
+        (checkpoint.state / "optimizer").write_bytes(b"moment!")
+        with pytest.raises(RunError, match=way_out):
+            checkpoint.verify()
+    elsewhere = tmp_path / "elsewhere"
+    last.path.rename(elsewhere)
+    with pytest.raises(RunError, match="Copy it again from its run"):
+        Checkpoint.find(elsewhere).verify()
+
+
+def test_a_damaged_file_that_checkpoints_share_is_not_met_by_deleting_one(tmp_path):
+    first = write_checkpoint(tmp_path, 1, write)
+    last = write_checkpoint(tmp_path, 2, lambda folder: link_or_copy(first.pipeline, folder / "pipeline"))
+    original = (first.pipeline / "weights").read_bytes()
+    (last.pipeline / "weights").write_bytes(b"WEIGHTS")
+    with pytest.raises(RunError, match=rf"share this file.*put back.*{hashlib.sha256(original).hexdigest()}"):
+        last.verify()
+    (last.pipeline / "weights").write_bytes(original)
+    last.verify()
+    first.verify()
 
 
 def test_a_folder_without_checkpoints_says_what_it_is(tmp_path):

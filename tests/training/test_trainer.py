@@ -1,95 +1,21 @@
 """The loop: what a step does, and that a run is a function of its recipe."""
 
+import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
-from pixcell.errors import RecipeError, RunError
+from pixcell.errors import OutputError, RecipeError, RunError
+from pixcell.files import sha256_of
 from pixcell.training.checkpoints import Checkpoint
 from pixcell.training.metrics import read_metrics
-from pixcell.training.objectives import Losses, Objective, Preview
-from pixcell.training.optimizers import AdamWConfig, CameConfig
-from pixcell.training.trainer import Trainer
-from pixcell.training.trainer_config import TrainerConfig
-
-
-class Points:
-    """Points near a line, with noise that is drawn anew at each visit."""
-
-    def __init__(self, count=20, bad=()):
-        self.count, self.bad = count, bad
-
-    def __len__(self):
-        return self.count
-
-    def draw(self, indices, rngs):
-        drawn = []
-        for index, rng in zip(indices, rngs, strict=True):
-            x = np.float32(index / self.count)
-            y = np.float32("nan" if index in self.bad else 2 * x + 0.1 * rng.standard_normal())
-            drawn.append({"x": torch.tensor([x]), "y": torch.tensor([y]), "key": f"point-{index}"})
-        return drawn
-
-
-class Line:
-    """The smallest objective: fit a line."""
-
-    def __init__(self, samples=None, on_loss=None):
-        torch.manual_seed(0)
-        self.trainable = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.samples, self.on_loss, self.seen, self.facts = samples or Points(), on_loss, [], {"name": "line"}
-
-    def move_to(self, device):
-        self.device = device
-
-    def loss(self, batch):
-        self.seen.append(list(batch["key"]))
-        if self.on_loss:
-            self.on_loss(len(self.seen))
-        per_sample = (self.trainable(batch["x"]) - batch["y"]).square().mean(1)
-        return Losses(per_sample, {"twice": 2 * per_sample})
-
-    def preview(self):
-        return Preview(np.zeros((8, 8, 3), np.uint8), {"slope": 1.0})
-
-    def export(self, folder, previous):
-        folder.mkdir()
-        (folder / "weights").write_bytes(self.trainable[0].weight.detach().numpy().tobytes())
-
-
-ADAMW = AdamWConfig(lr=0.05)
-
-
-def fit(run, objective=None, resume=True, device="cpu", optimizer=ADAMW, **settings):
-    config = {
-        "steps": 8, "batch_size": 4, "checkpoint_every": 3, "log_every": 1, "tensorboard": False,
-    }  # fmt: skip
-    objective = objective or Line()
-    trainer = Trainer(objective, optimizer, TrainerConfig(device=device, **{**config, **settings}), run)
-    return objective, trainer.fit(resume)
-
-
-def weights(run, step=None):
-    place = (
-        Checkpoint.find(run) if step is None else Checkpoint.find(run / "checkpoints" / f"step-{step:08d}")
-    )
-    return {
-        f"{kind}.{name}": value
-        for kind in ("weights", "averages")
-        for name, value in load_file(place.state / f"{kind}.safetensors").items()
-    }
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+from pixcell.training.objectives import Objective
+from pixcell.training.optimizers import AdamW8bitConfig, CameConfig
+from tiny_objective import ADAMW, Line, Points, fit, same, weights
 
 
 def test_the_smallest_objective_keeps_the_protocol():
@@ -115,8 +41,12 @@ def test_samples_per_second_counts_all_samples_of_the_interval(tmp_path):
     assert line["samples_per_s"] * outcome.seconds == pytest.approx(6 * 4, rel=0.01)
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, CameConfig(lr=0.05)], ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "optimizer", [ADAMW, CameConfig(lr=0.05), AdamW8bitConfig(lr=0.05)], ids=lambda config: config.name
+)
 def test_stop_and_resume_is_the_undisturbed_run_bit_for_bit(tmp_path, optimizer):
+    if optimizer.name == "adamw-8bit":
+        pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
     whole, _ = fit(tmp_path / "whole", optimizer=optimizer, keep_last=9)
     first, _ = fit(tmp_path / "parts", optimizer=optimizer, steps=3, keep_last=9)
     second, _ = fit(tmp_path / "parts", optimizer=optimizer, keep_last=9)
@@ -246,6 +176,97 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
         fit(tmp_path)
 
 
+def test_with_a_damaged_checkpoint_deleted_the_run_goes_on_from_the_one_before(tmp_path):
+    """The way out that the message names; lines logged after it are taken back, and written again."""
+    fit(tmp_path / "whole")
+    _, outcome = fit(tmp_path / "damaged", steps=6)
+    (outcome.checkpoint.state / "weights.safetensors").write_bytes(b"no")
+    with pytest.raises(RunError, match=r"Delete .*step-00000006 to go on from .* step-00000003") as stop:
+        fit(tmp_path / "damaged")
+    assert str(outcome.checkpoint.path) in str(stop.value)
+    shutil.rmtree(outcome.checkpoint.path)
+    objective, outcome = fit(tmp_path / "damaged")
+    assert (len(objective.seen), outcome.step) == (5, 8)
+    assert same(weights(tmp_path / "damaged"), weights(tmp_path / "whole"))
+    steps = [line["step"] for line in read_metrics(tmp_path / "damaged" / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, 9))
+
+
+def test_several_averages_go_on_bit_for_bit_and_the_first_is_exported(tmp_path):
+    decays = (0.9, 0.2, 0.3)  # the first steps keep less than half in any case
+    fit(tmp_path / "whole", ema_decays=decays)
+    fit(tmp_path / "parts", ema_decays=decays, steps=3)
+    _, outcome = fit(tmp_path / "parts", ema_decays=decays)
+    state = weights(tmp_path / "parts")
+    assert same(state, weights(tmp_path / "whole"))
+    exported = np.frombuffer((outcome.checkpoint.pipeline / "weights").read_bytes(), np.float32)
+    assert np.array_equal(exported, state["averages.0.weight"].numpy().ravel())
+    fit(tmp_path / "alone", ema_decays=(0.2,))
+    alone = weights(tmp_path / "alone")
+    assert torch.equal(state["averages-0.2.0.weight"], alone["averages.0.weight"])
+    assert not torch.equal(state["averages.0.weight"], alone["averages.0.weight"])
+
+
+def test_other_averages_than_were_kept_are_refused(tmp_path):
+    fit(tmp_path, steps=3, ema_decays=(0.9,))
+    with pytest.raises(RunError, match=r"keeps averages of decay 0\.9, and .* asks for 0\.9, 0\.5"):
+        fit(tmp_path, ema_decays=(0.9, 0.5))
+
+
+def test_a_run_from_before_decays_were_written_down_goes_on(tmp_path):
+    fit(tmp_path / "whole")
+    _, outcome = fit(tmp_path / "old", steps=3)
+    file = outcome.checkpoint.state / "progress.json"
+    progress = json.loads(file.read_text())
+    del progress["ema_decays"]
+    file.write_text(json.dumps(progress))
+    facts = json.loads((outcome.checkpoint.path / "checkpoint.json").read_text())
+    facts["files"]["state/progress.json"] = sha256_of(file)
+    (outcome.checkpoint.path / "checkpoint.json").write_text(json.dumps(facts))
+    fit(tmp_path / "old")
+    assert same(weights(tmp_path / "old"), weights(tmp_path / "whole"))
+
+
+def test_every_so_many_steps_a_checkpoint_is_kept_for_good(tmp_path):
+    fit(tmp_path, steps=9, checkpoint_every=1, keep_last=2, keep_every=4)
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [4, 8, 9]
+
+
+def test_a_disk_that_fills_at_any_moment_leaves_a_checkpoint_and_the_run_goes_on_with_room(
+    tmp_path, small_disk
+):
+    """From no room at all to enough, page by page: for metrics, a preview, each file of a checkpoint."""
+
+    def fill_up(run):
+        try:
+            fit(run, keep_last=9)
+        except OutputError as error:
+            return str(error)
+        return None
+
+    fit(tmp_path / "whole", keep_last=9)
+    disk = small_disk("2m")
+    ended = []
+    for num_pages in range(0, 60, 3):
+        run, ballast = disk / f"run-{num_pages}", disk / "ballast"
+        fit(run, steps=3, keep_last=9)
+        free = shutil.disk_usage(disk).free
+        ballast.write_bytes(bytes(max(0, free - num_pages * 4096)))
+        said = fill_up(run)
+        last = Checkpoint.find(run)
+        last.verify()
+        assert (last.step == 8) if said is None else "disk is full" in said
+        ended.append(last.step)
+        ballast.unlink()
+        fit(run, keep_last=9)
+        assert same(weights(run), weights(tmp_path / "whole")), num_pages
+        assert not list((run / "checkpoints").glob(".unfinished-*"))
+        shutil.rmtree(run)
+    assert (ended[0], ended[-1]) == (3, 8)
+    assert 6 in ended
+
+
 def test_fewer_samples_than_a_batch_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="3 samples, fewer than one batch of 4"):
         fit(tmp_path, Line(Points(3)))
@@ -261,34 +282,3 @@ def test_two_trainings_of_different_precision_in_one_process(tmp_path):
     _, full = fit(tmp_path / "full")
     assert low.step == full.step == 8
     assert not same(weights(tmp_path / "low"), weights(tmp_path / "full"))
-
-
-def run_until_it_dies(recipe_file: Path, run: Path, moment: str, count: int) -> None:
-    script = Path(__file__).with_name("dies.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(recipe_file), str(run), moment, str(count)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-@pytest.mark.parametrize(("moment", "count", "resumes_at"), [("step", 4, 2), ("sync", 24, 2)])
-def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(tmp_path, recipe, moment, count, resumes_at):
-    """SIGKILL in the fourth step, and while the second checkpoint is written (its files are synced)."""
-    from pixcell.config import save_recipe
-    from pixcell.tasks.train import train
-
-    chosen = recipe("trainer.keep_last=9")
-    save_recipe(chosen, tmp_path / "recipe.yaml")
-    run_until_it_dies(tmp_path / "recipe.yaml", tmp_path / "killed", moment, count)
-    assert Checkpoint.find(tmp_path / "killed").step == resumes_at
-    if moment == "sync":
-        assert list((tmp_path / "killed" / "checkpoints").glob(".unfinished-*"))
-    train(chosen, tmp_path / "killed")
-    train(chosen, tmp_path / "whole")
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    for step in (2, 4, 6):
-        assert same(weights(tmp_path / "killed", step), weights(tmp_path / "whole", step))
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".unfinished-*"))
