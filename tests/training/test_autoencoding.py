@@ -1,13 +1,12 @@
 """The autoencoding objective, on a tiny store."""
 
-import numpy as np
 import pytest
 import torch
 
 from pixcell.errors import RecipeError
 from pixcell.models.codec import LatentCodec
 from pixcell.training.determinism import rng_for
-from pixcell.training.objectives import Objective, Samples, picture_rows, spread_over
+from pixcell.training.objectives import Objective, Samples, spread_over
 from pixcell.training.recipe import build_objective
 
 
@@ -78,12 +77,3 @@ def test_one_field_is_too_few_to_hold_one_out(codec_recipe, single_tile_store):
 def test_held_out_numbers_are_spread_and_never_all():
     assert spread_over(8, 3) == [1]
     assert spread_over(4, 100) == [12, 37, 62, 87]
-
-
-def test_rows_of_pictures_stand_under_each_other():
-    red, blue = np.zeros((2, 8, 8, 3), np.uint8)
-    red[..., 0], blue[..., 2] = 200, 200
-    sheet = picture_rows({"above": [red, red], "below": [blue]})
-    assert sheet.shape == (2 * (8 + 18 + 4), 2 * (8 + 4) + 4, 3)
-    assert tuple(sheet[18 + 4, 4 + 4]) == (200, 0, 0)
-    assert tuple(sheet[30 + 18 + 4, 4 + 4]) == (0, 0, 200)
