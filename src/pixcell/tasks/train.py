@@ -32,6 +32,7 @@ from pixcell.training.determinism import BatchPlan
 from pixcell.training.differences import differences
 from pixcell.training.flops import training_flops
 from pixcell.training.loading import load_batches
+from pixcell.training.metrics import check_wandb
 from pixcell.training.objectives import Grown, Objective, OrderedSamples
 from pixcell.training.order import MixedOrder, SampleOrder
 from pixcell.training.recipe import TrainRecipe, build_objective
@@ -134,11 +135,14 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
     Raises:
         RecipeError: If parts of the recipe do not fit each other or the data.
         StoreError: If a store or column is missing or does not fit.
+        MissingExtra: If Weights & Biases is wanted and not installed.
         RunError: If the folder is of another recipe, in use, or its checkpoint is damaged; or the loss is
             no finite number.
         OutputError: If the folder cannot be written. The last checkpoint stays usable.
     """
     run, started = run or Path("runs") / recipe.name, time.monotonic()
+    if recipe.trainer.wandb is not None:
+        check_wandb()
     with exclusively(run) if is_main_process() else contextlib.nullcontext():
         _must_be_same_recipe(run, recipe)
         last = Checkpoint.last(run)

@@ -132,7 +132,8 @@ class Pace:
 
     def seconds_left(self, step: int) -> float:
         """Return the seconds from a step to the end, checkpoints included; NaN before the first step."""
-        checkpoints = -(-self._steps // self._checkpoint_every) - step // self._checkpoint_every
+        every = self._checkpoint_every
+        checkpoints = -(-self._steps // every) - step // every if step < self._steps else 0
         return (self._steps - step) * self._per_step + checkpoints * self._per_checkpoint
 
 

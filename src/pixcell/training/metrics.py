@@ -26,13 +26,15 @@ __all__ = ["MetricsLog", "WandbConfig", "check_wandb", "read_metrics"]
 
 
 class WandbConfig(Config):
-    """Where Weights & Biases shows the run. Log in first: ``wandb login``."""
+    """Where Weights & Biases shows the run: figures and recipe. Log in first: ``wandb login``."""
 
     project: str = Field(min_length=1)
     entity: str | None = None
     """User or team. None: the default one of who is logged in."""
     group: str | None = None
     tags: tuple[str, ...] = ()
+    previews: bool = False
+    """Send the previews, too. They show held-out real tissue: only where that may leave the house."""
     mode: Literal["online", "offline"] = "online"
     """``offline`` writes to runs/<name>/wandb and sends nothing; ``wandb sync`` sends it later."""
 
@@ -175,13 +177,14 @@ class _Wandb:
                 dir=str(run),
                 config=yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None,
                 # What the run prints belongs to its terminal, and the code to whoever wrote it.
-                settings=wandb.Settings(console="off", silent=True, save_code=False),
+                settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
             )
         except (wandb.Error, OSError) as error:
             raise RunError(
                 f"Weights & Biases cannot be started ({error}). Log in with 'wandb login', write to disk "
                 "only with --set trainer.wandb.mode=offline, or leave it out with --set trainer.wandb=null."
             ) from error
+        self._with_previews = config.previews
         # Not its own counter, which refuses to go back to the step of a checkpoint.
         self._run.define_metric("*", step_metric="step")
 
@@ -191,7 +194,8 @@ class _Wandb:
     def write_picture(self, step: int, name: str, picture: Any) -> None:
         import wandb
 
-        self._run.log({"step": step, name: wandb.Image(picture)})
+        if self._with_previews:
+            self._run.log({"step": step, name: wandb.Image(picture)})
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
