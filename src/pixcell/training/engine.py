@@ -14,6 +14,7 @@ says of these is not used. That config decides how the work is spread.
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -336,7 +337,8 @@ def _accelerator(config: TrainerConfig) -> Accelerator:
     plugin = fsdp_plugin()
     try:
         accelerator = Accelerator(
-            cpu=config.device == "cpu",
+            # Processes on a machine without accelerators find each other only if they are told that it has none.
+            cpu=config.device == "cpu" or not torch.accelerator.is_available(),
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             dynamo_backend="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -349,6 +351,13 @@ def _accelerator(config: TrainerConfig) -> Accelerator:
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise RecipeError(f"this machine, launcher or precision does not go: {error}") from error
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise RecipeError(
+            f"the launcher started {started} processes, and accelerate joins {accelerator.num_processes} of "
+            f"them on {accelerator.device.type}: each would train alone. Try trainer.device=cpu, or start one "
+            "process."
+        )
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("trainer.precision fp16 needs a GPU: on a CPU choose bf16 or fp32.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
