@@ -89,7 +89,8 @@ class MetricsLog:
 
     def close(self, failed: bool = False) -> None:
         """Finish the files; ``failed`` tells boards that the run ended by an error."""
-        self._file.close()
+        with writing_to(self.path):  # on a full disk, what could not be written before is tried once more
+            self._file.close()
         for board in self._boards:
             board.close(failed)
 
