@@ -179,6 +179,22 @@ def test_an_aligned_run_that_was_stopped_is_the_undisturbed_one(aligned, tmp_pat
     assert ["alignment" in line for line in logged] == [True, True, True, False, False, False]
 
 
+def test_its_mean_is_over_the_steps_that_it_had(aligned, tmp_path):
+    settings = ("objective.alignment.until_step=3", "trainer.checkpoint_every=6")
+    lines = {
+        every: [
+            line["alignment"]
+            for line in read_metrics(
+                train(aligned(*settings, f"trainer.log_every={every}"), tmp_path / f"{every}").run
+                / "metrics.jsonl"
+            )
+            if "alignment" in line
+        ]
+        for every in (1, 6)
+    }
+    assert lines[6] == [pytest.approx(np.mean(lines[1]), rel=1e-5)]
+
+
 def test_embeddings_are_approached(aligned, tmp_path):
     train(aligned("trainer.steps=60", "trainer.log_every=20", "optimizer.lr=0.01"), tmp_path / "run")
     logged = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "alignment" in line]

@@ -36,6 +36,8 @@ def sums_of(micro_batches: Sequence[Losses]) -> dict[str, Tensor]:
     sums = {_COUNT: torch.tensor(float(sum(len(losses.per_sample) for losses in micro_batches)))}
     for losses in micro_batches:
         found = {name: values.sum() for name, values in {"loss": losses.per_sample, **losses.parts}.items()}
+        # A part may have its place in some steps only.
+        found |= {_count_of(name): torch.tensor(len(values)) for name, values in losses.parts.items()}
         if losses.times is not None:
             found |= _sums_by_time(losses.per_sample, losses.times)
         for name, total in found.items():
