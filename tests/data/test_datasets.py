@@ -1,5 +1,6 @@
 """A field is a square of a stored tile: the same numbers, whoever asks, in whatever order."""
 
+import errno
 import pickle
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch.utils.data import DataLoader
 from data.tile_source_contract import TileSourceContract
 from golden_vectors import load
 from pixcell.data.datasets import FieldDataset
+from pixcell.data.sealed import OpenFile
 from pixcell.data.store import TileStore
-from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch
+from pixcell.data.tile_source import BlockSource
+from pixcell.errors import CorruptShard, MissingColumn, StoreError, StoreMismatch, UnreadableTile
 from pixcell.geometry import Box
 from stores import EMBEDDINGS_MADE_BY, LATENTS_MADE_BY, TILING, fill, records_of, small_store, tiles_of
 
@@ -259,6 +262,152 @@ def test_a_tile_of_another_size_is_reported_not_cut(tmp_path):
     store.write_images("A", [(tile, jpeg) for (tile, _), (_, jpeg) in pairs], {})
     with pytest.raises(CorruptShard, match="64 x 64 px"):
         FieldDataset(store, size=64, images=True)[0]
+
+
+# ── bytes that are read ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """How many bytes were read from shards of records, and from how many places."""
+    reads = []
+    plain = OpenFile.read_into
+
+    def counted(self, buffer, offset):
+        reads.append(len(buffer))
+        plain(self, buffer, offset)
+
+    monkeypatch.setattr(OpenFile, "read_into", counted)
+    return reads
+
+
+@pytest.mark.parametrize(("size", "stretches"), [(32, 1), (64, 2), (128, 1)])
+def test_a_field_reads_its_own_records_and_not_its_tile(store, bytes_read, size, stretches):
+    """One stretch of bytes for the smallest field and for a whole tile, one a row of fields between."""
+    dataset = FieldDataset(store, size=size, latents="latents-tiny")
+    dataset[0]  # opens the file and reads its header
+    bytes_read.clear()
+    dataset[1]
+    assert sum(bytes_read) == (size // 8) ** 2 * 8 * 2  # 8 channels of float16 at an eighth of the side
+    assert len(bytes_read) == stretches
+
+
+def test_an_epoch_of_small_fields_reads_each_byte_of_the_column_once(store, bytes_read):
+    dataset = FieldDataset(store, size=32, latents="latents-tiny", embeddings="embeddings-tiny")
+    dataset.__getitems__([0, len(dataset) - 1])
+    bytes_read.clear()
+    order = np.random.default_rng(0).permutation(len(dataset))
+    for start in range(0, len(order), 10):
+        dataset.__getitems__(order[start : start + 10].tolist())
+    records = [records_of("A 1", 8, shape).nbytes for shape in ((4, 4, 8, 4, 4), (4, 4, 6))]
+    assert sum(bytes_read) == sum(records)
+
+
+# ── groups and blocks ────────────────────────────────────────────────────────────────────────────
+
+
+def test_tiles_of_one_value_stand_together_in_the_order_they_had(tmp_path):
+    store = TileStore.create(tmp_path / "store", TILING)
+    for slide_id, organ in (("A", "lung"), ("B", "breast"), ("C", "lung"), ("D", None)):
+        fill(store, slide_id, 2, **({"organ": organ} if organ else {}))
+    dataset = FieldDataset(store, size=64, latents="latents-tiny", group_by="organ")
+    assert dataset.groups == {None: [range(0, 8)], "breast": [range(8, 16)], "lung": [range(16, 32)]}
+    slides = [dataset.key(index).split("/")[0] for index in range(0, 32, 4)]
+    assert slides == ["D", "D", "B", "B", "A", "A", "C", "C"]
+    plain = FieldDataset(store, size=64, latents="latents-tiny")
+    by_key = {plain.key(index): index for index in range(len(plain))}
+    assert all(same(dataset[index], plain[by_key[dataset.key(index)]]) for index in range(len(dataset)))
+    assert plain.groups == {}
+
+
+def test_a_group_of_several_stores_has_a_range_in_each(store, tmp_path):
+    other = TileStore.create(tmp_path / "other", TILING)
+    fill(other, "C", 2, organ="colon")
+    both = FieldDataset([store, other], size=128, images=True, group_by="organ")
+    assert both.parts == [range(0, 8), range(8, 10)]
+    assert both.groups == {"breast": [range(0, 5)], "colon": [range(5, 8), range(8, 10)]}
+
+
+def test_an_attribute_to_group_by_that_no_tile_has_is_refused(store):
+    with pytest.raises(StoreError, match=r"has an attribute 'orgn'\. Did you mean 'organ'"):
+        FieldDataset(store, size=128, images=True, group_by="orgn")
+
+
+class BlockArrays(ArraySource):
+    """Arrays whose tiles are read three at a time, over the borders of slides."""
+
+    def blocks(self) -> np.ndarray:
+        return np.arange(sum(SLIDES.values())) // 3
+
+
+def test_blocks_are_those_of_the_source_and_slides_where_it_has_none(store):
+    assert isinstance(BlockArrays(), BlockSource)
+    assert not isinstance(store, BlockSource)
+    dataset = FieldDataset([BlockArrays(), store], size=64, latents="latents-tiny")
+    starts, sizes = dataset.blocks()
+    assert starts.tolist() == [0, 12, 24, 32, 52]
+    assert sizes.tolist() == [12, 12, 8, 20, 12]
+    assert dataset.is_read_in_blocks
+    assert not FieldDataset(store, size=64, latents="latents-tiny").is_read_in_blocks
+
+
+def test_chosen_tiles_keep_their_blocks(store):
+    dataset = FieldDataset(
+        BlockArrays(), size=64, latents="latents-tiny", where={"slide_id": ["Präparat Ω 組織"]}
+    )
+    starts, sizes = dataset.blocks()
+    assert (starts.tolist(), sizes.tolist()) == ([0, 4], [4, 8])  # tiles 5; 6 and 7
+
+
+# ── what cannot be read ──────────────────────────────────────────────────────────────────────────
+
+
+def test_a_tile_that_cannot_be_read_is_named_and_the_others_can_be(store, tmp_path):
+    shard = store.shard_path("images", "A 1")
+    data = bytearray(shard.read_bytes())
+    jpeg = store.images("A 1").jpeg(2)
+    place = data.find(jpeg)
+    data[place : place + len(jpeg)] = bytes(len(jpeg))
+    shard.write_bytes(bytes(data))
+    dataset = FieldDataset(store, size=64, images=True)
+    with pytest.raises(
+        UnreadableTile, match=r"tile 2 of slide 'A 1', at x=1512, y=512, cannot be read"
+    ) as met:
+        dataset.__getitems__([0, 9, 31])
+    assert (met.value.slide_id, met.value.tile, met.value.x, met.value.y) == ("A 1", 2, 1512, 512)
+    again = pickle.loads(pickle.dumps(met.value))
+    assert (str(again), again.reason) == (str(met.value), met.value.reason)
+    assert dataset.readable([0, 8, 9, 11, 31]) == [0, 31]
+
+
+def test_a_record_that_is_cut_off_is_that_of_a_tile(store, monkeypatch):
+    dataset = FieldDataset(store, size=64, latents="latents-tiny")
+
+    def fail(self, buffer, offset):
+        raise OSError(errno.EIO, "Input/output error")
+
+    dataset[0]
+    monkeypatch.setattr(OpenFile, "read_into", fail)
+    with pytest.raises(UnreadableTile, match=r"tile 4 of slide 'A 1'.*Input/output error"):
+        dataset[17]
+
+
+def test_a_machine_without_free_files_is_no_fault_of_a_tile(store, monkeypatch):
+    dataset = FieldDataset(store, size=64, latents="latents-tiny")
+
+    def fail(self, buffer, offset):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(OpenFile, "read_into", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        dataset[17]
+
+
+def test_shapes_are_known_without_reading(store, monkeypatch):
+    for size in (32, 128):
+        dataset = FieldDataset(store, size=size, **EVERYTHING)
+        item = dataset[0]
+        assert dataset.shapes == {name: tuple(item[name].shape) for name in item if name != "key"}
 
 
 # ── several stores ───────────────────────────────────────────────────────────────────────────────
