@@ -9,7 +9,7 @@ from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.transformer import PixCellTransformer2DModel
 from pixcell.training.averages import AveragedWeights
 from pixcell.training.memory import activation_bytes, bytes_of, hollow, state_bytes
-from pixcell.training.optimizers import AdamWConfig, CameConfig, make_optimizer
+from pixcell.training.optimizers import AdamW8bitConfig, AdamWConfig, CameConfig, make_optimizer
 
 
 def transformer():
@@ -32,10 +32,14 @@ def loss_of_autoencoder(model, count=8):
     return model.decode(model.encode(images).latent_dist.mode()).sample.square().mean()
 
 
-@pytest.mark.parametrize("optimizer", [AdamWConfig(), CameConfig()], ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "optimizer", [AdamWConfig(), CameConfig(), AdamW8bitConfig()], ids=lambda config: config.name
+)
 def test_state_is_predicted_to_the_byte(optimizer):
+    if optimizer.name == "adamw-8bit":
+        pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
     with torch.device("meta"):
-        predicted = state_bytes(transformer(), lambda model: make_optimizer(model, optimizer), 2)
+        predicted = state_bytes(transformer(), optimizer, 2)
     model = transformer()
     taken = make_optimizer(model, optimizer)
     averages = AveragedWeights(model, (0.9, 0.99))
@@ -55,13 +59,13 @@ def test_frozen_weights_have_neither_gradients_nor_moments():
         return model
 
     with torch.device("meta"):
-        kept = state_bytes(half_frozen(), lambda model: make_optimizer(model, AdamWConfig()))
+        kept = state_bytes(half_frozen(), AdamWConfig())
     assert (kept.weights, kept.gradients, kept.moments, kept.averages) == (800, 400, 800, 400)
 
 
 def test_a_model_with_content_is_not_moved():
     with pytest.raises(ValueError, match="meta device"):
-        state_bytes(nn.Linear(2, 2), lambda model: make_optimizer(model, AdamWConfig()))
+        state_bytes(nn.Linear(2, 2), AdamWConfig())
 
 
 def allocated(make_model, loss, autocast=None):

@@ -19,7 +19,6 @@ from pixcell.console import facts, table
 from pixcell.errors import MissingWeights, RecipeError
 from pixcell.training.flops import Peak, count_flops, flop_use, peak_of, published_peak
 from pixcell.training.memory import StateBytes, activation_bytes, bytes_of, hollow, state_bytes
-from pixcell.training.optimizers import make_optimizer
 from pixcell.training.outline import Outline, outline_of
 from pixcell.training.probe import Probe, probe
 from pixcell.training.recipe import TrainRecipe, build_objective
@@ -188,7 +187,7 @@ def plan(recipe: TrainRecipe, processes: int = 1, with_probe: bool = True) -> Pl
         )
     with torch.device("meta"):
         model = outline.make_model()
-    kept = state_bytes(model, lambda module: make_optimizer(module, recipe.optimizer), len(config.ema_decays))
+    kept = state_bytes(model, recipe.optimizer, len(config.ema_decays))
     flops, activations = _of_a_micro_batch(recipe, outline, micro)
     num_steps = None
     if config.steps is not None or outline.num_samples is not None:

@@ -1,9 +1,10 @@
 """What a training keeps in the memory of a device, known before anything is allocated.
 
 Weights, gradients, moments and averages are counted: the optimiser takes a step on tensors that have shapes
-and no content, and what it keeps afterwards is what it will keep. Activations are estimated: a micro-batch
-goes forward and backward on such tensors, and the largest sum of those alive at one moment counts. What
-kernels use inside themselves, and what an allocator loses between blocks, is not seen.
+and no content, and what it keeps afterwards is what it will keep (moments of eight bits follow from a rule).
+Activations are estimated: a micro-batch goes forward and backward on such tensors, and the largest sum of
+those alive at one moment counts. What kernels use inside themselves, and what an allocator loses between
+blocks, is not seen.
 
     with hollow():
         model = PixCellTransformer2DModel()
@@ -12,7 +13,7 @@ kernels use inside themselves, and what an allocator loses between blocks, is no
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from pixcell.training.optimizers import AdamW8bitConfig, OptimizerConfig, make_optimizer
 
 __all__ = ["StateBytes", "activation_bytes", "bytes_of", "hollow", "state_bytes"]
 
@@ -52,33 +55,40 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in different.values())
 
 
-def state_bytes(
-    model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], num_averages: int = 1
-) -> StateBytes:
+def state_bytes(model: nn.Module, optimizer: OptimizerConfig, num_averages: int = 1) -> StateBytes:
     """Count what a training keeps from step to step.
 
     Args:
-        model: On the ``meta`` device: the optimiser takes a step.
-        make_optimizer: Called with the model.
+        model: On the ``meta`` device.
+        optimizer: How its weights move.
         num_averages: Running averages of the weights, each in float32.
     """
     if any(not weight.is_meta for weight in model.parameters()):
         raise ValueError("give a model on the meta device: its weights would be moved")
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = make_optimizer(model)
+    return StateBytes(
+        weights=bytes_of([*model.parameters(), *model.buffers()]),
+        gradients=bytes_of(trained),
+        moments=_moments(model, trained, optimizer),
+        averages=num_averages * 4 * sum(weight.numel() for weight in trained),
+    )
+
+
+def _moments(model: nn.Module, trained: Sequence[nn.Parameter], config: OptimizerConfig) -> int:
+    """What an optimiser keeps after a step on tensors without content."""
+    if isinstance(config, AdamW8bitConfig):  # its kernels want content
+        in_blocks = [-(-weight.numel() // 256) for weight in trained if weight.numel() >= 4096]
+        whole = sum(weight.numel() for weight in trained if weight.numel() >= 4096)
+        small = sum(weight.numel() for weight in trained if weight.numel() < 4096)
+        tables = 2 * 256 * 4  # what eight bits stand for, once for all weights
+        return 2 * (whole + 4 * sum(in_blocks) + 4 * small) + tables
+    optimizer = make_optimizer(model, config)
     for weight in trained:
         weight.grad = torch.empty_like(weight)
     optimizer.step()
-    gradients = bytes_of(weight.grad for weight in trained if weight.grad is not None)
-    kept = bytes_of(value for value in tree_leaves(optimizer.state_dict()["state"]) if _is_kept(value))
     for weight in trained:
         weight.grad = None
-    return StateBytes(
-        weights=bytes_of([*model.parameters(), *model.buffers()]),
-        gradients=gradients,
-        moments=kept,
-        averages=num_averages * 4 * sum(weight.numel() for weight in trained),
-    )
+    return bytes_of(value for value in tree_leaves(optimizer.state_dict()["state"]) if _is_kept(value))
 
 
 def activation_bytes(
