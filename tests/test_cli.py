@@ -34,6 +34,7 @@ def test_help_shows_an_example(command):
         (["tile", ".", "store", "--set", "tiling.tile_sise=4"], "Did you mean 'tile_size'"),
         (["train", "nano", "--set", "trainer.stepz=4"], "Did you mean 'steps'"),
         (["encode", "no-such-store", "--encoder", "stain-texture"], "no-such-store"),
+        (["report", "no-such-run"], "no-such-run"),
         (["sample", "no-such-run", "--out", "samples", "--unconditional"], "no-such-run"),
         (["sample", "no-such-run", "--out", "samples", "--set", "stepz=4"], "Did you mean 'steps'"),
         (["prior", "no-such-store", "out"], "no-such-store"),
