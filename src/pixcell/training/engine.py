@@ -337,7 +337,7 @@ def _accelerator(config: TrainerConfig) -> Accelerator:
     plugin = fsdp_plugin()
     try:
         accelerator = Accelerator(
-            # Processes on a machine without accelerators find each other only if they are told that it has none.
+            # On a machine without GPUs processes find each other only if they are told that it has none.
             cpu=config.device == "cpu" or not torch.accelerator.is_available(),
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             dynamo_backend="no",
@@ -345,8 +345,7 @@ def _accelerator(config: TrainerConfig) -> Accelerator:
             fsdp_plugin=plugin,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=_PATIENCE),
-                # Buffers are constants here, and gradients need no second copy.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
             ],
         )
     except (ValueError, ImportError, NotImplementedError) as error:
@@ -355,8 +354,8 @@ def _accelerator(config: TrainerConfig) -> Accelerator:
     if accelerator.num_processes != started:
         raise RecipeError(
             f"the launcher started {started} processes, and accelerate joins {accelerator.num_processes} of "
-            f"them on {accelerator.device.type}: each would train alone. Try trainer.device=cpu, or start one "
-            "process."
+            f"them on {accelerator.device.type}: each would train alone. Try trainer.device=cpu, or start "
+            "one process."
         )
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("trainer.precision fp16 needs a GPU: on a CPU choose bf16 or fp32.")
