@@ -157,10 +157,8 @@ class RunHistory:
     @property
     def step(self) -> int:
         """The last step that anything was written about."""
-        return max(
-            (int(line["step"]) for line in self.lines),
-            default=max((each.step for each in self.checkpoints), default=0),
-        )
+        logged = [int(line["step"]) for line in self.lines]
+        return max([0, *logged, *(each.step for each in self.checkpoints)])
 
     @property
     def num_steps(self) -> int | None:
