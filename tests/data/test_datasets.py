@@ -336,12 +336,21 @@ def test_an_attribute_to_group_by_that_no_tile_has_is_refused(store):
 class BlockArrays(ArraySource):
     """Arrays whose tiles are read three at a time, over the borders of slides."""
 
+    blocks_at_once = 2
+
+    def prepare(self, window):
+        self.window = window
+
     def blocks(self) -> np.ndarray:
         return np.arange(sum(SLIDES.values())) // 3
 
 
 def test_blocks_are_those_of_the_source_and_slides_where_it_has_none(store):
-    assert isinstance(BlockArrays(), BlockSource)
+    source = BlockArrays()
+    assert isinstance(source, BlockSource)
+    dataset = FieldDataset(source, size=64, latents="latents-tiny")
+    dataset.prepare(dataset.blocks_at_once)
+    assert (source.window, FieldDataset(store, size=64, latents="latents-tiny").blocks_at_once) == (2, 16)
     assert not isinstance(store, BlockSource)
     dataset = FieldDataset([BlockArrays(), store], size=64, latents="latents-tiny")
     starts, sizes = dataset.blocks()

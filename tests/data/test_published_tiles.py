@@ -70,23 +70,40 @@ def test_any_bits_survive(tmp_path):
                                   expected.view(np.uint16))  # fmt: skip
 
 
+def test_a_header_of_another_version_is_read(tmp_path):
+    write_published(tmp_path)
+    path = tmp_path / "patches" / NAMES["gtex"][0].replace(".jpeg", "_sd3_vae.npy")
+    array = np.load(path)
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, array, version=(2, 0))
+    out = np.empty((4, 4, 32, 32, 32), np.float16)
+    source = PublishedSource(tmp_path)
+    source.column("latents-sd3").read_into(out, "Leber 1", 0, Box(0, 0, 4, 4))
+    np.testing.assert_array_equal(out[2, 3].view(np.uint16), array[:, 64:96, 96:128].view(np.uint16))
+
+
+def test_a_long_list_of_tiles_makes_blocks_of_several(published, monkeypatch):
+    monkeypatch.setattr(published_tiles, "_MOST_BLOCKS", 2)
+    source = PublishedSource(published)
+    assert source.blocks().tolist() == [0, 0, 0, 1, 1]
+    assert source.blocks_at_once == 85
+
+
 # ── how much is read ─────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def bytes_read(monkeypatch):
-    """Bytes asked of files by descriptor, and names of files that were loaded whole."""
-    counted: dict[str, list] = {"pieces": [], "whole": []}
-    plain, load = sealed.OpenFile.read_into, published_tiles.load_feature
+    """Bytes that were read, and names of files that were opened."""
+    counted: dict[str, list] = {"bytes": [], "opened": []}
+    plain, opened = sealed.OpenFile.read_into, published_tiles.OpenFile
     monkeypatch.setattr(
         sealed.OpenFile,
         "read_into",
-        lambda file, buffer, offset: (counted["pieces"].append(len(buffer)), plain(file, buffer, offset)),
+        lambda file, buffer, offset: (counted["bytes"].append(len(buffer)), plain(file, buffer, offset)),
     )
     monkeypatch.setattr(
-        published_tiles,
-        "load_feature",
-        lambda path, suffix: (counted["whole"].append(path.name), load(path, suffix))[1],
+        published_tiles, "OpenFile", lambda path: (counted["opened"].append(path.name), opened(path))[1]
     )
     return counted
 
@@ -95,8 +112,7 @@ def test_in_random_order_a_field_reads_a_quarter_of_the_file(published, bytes_re
     dataset = FieldDataset(PublishedSource(published), size=256, latents="latents-sd3")
     dataset[7]
     file = 32 * 128 * 128 * 2
-    assert sum(bytes_read["pieces"]) == file // 4 + 128
-    assert bytes_read["whole"] == []
+    assert sum(bytes_read["bytes"]) == file // 4 + 128
 
 
 @pytest.mark.parametrize("size", [256, 512])
@@ -113,7 +129,8 @@ def test_in_windows_of_tiles_each_file_is_read_once(published, bytes_read, size)
         fields = [tile * per_tile + field for tile in window for field in range(per_tile)]
         for index in order.permutation(fields):
             dataset[int(index)]
-    assert sorted(bytes_read["whole"]) == sorted(
+    assert sum(bytes_read["bytes"]) == 5 * (2 * 32 * 128 * 128 + 2 * 16 * 1536 + 2 * 128)
+    assert sorted(bytes_read["opened"]) == sorted(
         name.rpartition("/")[2].removesuffix(".jpeg") + suffix
         for group in NAMES.values()
         for name in group
@@ -167,12 +184,13 @@ def test_an_autoencoder_that_cannot_have_made_the_latents_is_refused(published):
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda path: path.unlink(), "has no _sd3_vae.npy"),
+        (lambda path: path.unlink(), "is missing. Make the features of this tile"),
         (lambda path: np.save(path, np.zeros((16, 128, 128), np.float16)), "holds .16, 128, 128"),
         (lambda path: np.save(path, np.zeros((32, 128, 128), np.float32)), "float32"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "cannot be read as an array"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "bytes instead of 1048704"),
+        (lambda path: path.write_bytes(b""), "cannot be read as an array"),
     ],
-    ids=["missing", "shape", "dtype", "cut short"],
+    ids=["missing", "shape", "dtype", "cut short", "empty"],
 )
 def test_a_bad_file_is_an_error_that_names_it(tmp_path, spoil, match, side, window):
     write_published(tmp_path)
@@ -181,7 +199,7 @@ def test_a_bad_file_is_an_error_that_names_it(tmp_path, spoil, match, side, wind
     source = PublishedSource(tmp_path)
     source.prepare(window)
     out = np.empty((side, side, 32, 32, 32), np.float16)
-    with pytest.raises(StoreError, match=match):
+    with pytest.raises(CorruptShard, match=match):
         source.column("latents-sd3").read_into(out, "TCGA-A", 1, Box(0, 0, side, side))
 
 
@@ -194,7 +212,7 @@ def test_missing_images_and_cut_jpegs_are_errors_that_name_them(tmp_path):
     with pytest.raises(CorruptShard, match=r"0_0\.jpeg is cut short"):
         images.image(0)
     image.unlink()
-    with pytest.raises(StoreError, match="there is no such file"):
+    with pytest.raises(CorruptShard, match="there is no such file"):
         images.image(0)
     with pytest.raises(IndexError, match="tile 1 of 1"):
         images.jpeg(1)

@@ -150,6 +150,22 @@ class FieldDataset(Dataset[dict[str, Any]]):
         """Whether one of the sources is a :class:`BlockSource`."""
         return any(isinstance(part.source, BlockSource) for part in self._parts)
 
+    @property
+    def blocks_at_once(self) -> int:
+        """How many blocks are shuffled together where a recipe does not say it."""
+        sources = [part.source for part in self._parts]
+        return max((one.blocks_at_once for one in sources if isinstance(one, BlockSource)), default=16)
+
+    def prepare(self, window: int) -> None:
+        """Get the sources ready to be read in windows of so many blocks.
+
+        Raises:
+            StoreError: If one cannot hold them at once.
+        """
+        for part in self._parts:
+            if isinstance(part.source, BlockSource):
+                part.source.prepare(window)
+
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
         """Return first index and number of fields of each block that is best read at one time.
 
@@ -298,6 +314,11 @@ class _Part:
         if isinstance(source, BlockSource):
             index = index.append_column(_BLOCK, pa.array(np.asarray(source.blocks(), np.int64)))
         rows = tiles_where(index, where)
+        if images and "images" not in source.columns():
+            raise MissingColumn(
+                f"a source of tiles has no images (only {listed(source.columns())}), and pixels are needed, "
+                "if only to show real tissue beside what is made. Pack the store again with images."
+            )
         self.attributes = [one.name for one in rows.schema if one.type in (pa.string(), pa.large_string())]
         rows, self.groups = _grouped(rows, group_by if group_by in self.attributes else None)
         self.slide_ids: list[str] = pc.unique(rows["slide_id"]).to_pylist()

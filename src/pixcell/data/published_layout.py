@@ -36,9 +36,7 @@ __all__ = [
     "ImportedColumn",
     "export_slide",
     "exportable_columns",
-    "feature_path",
     "import_slide",
-    "load_feature",
     "published_columns",
     "to_record",
 ]
@@ -140,11 +138,11 @@ def import_slide(
     count = store.write_images(slide.slide_id, _tiles(root, store, slide), facts)
     for kind, column in columns.items():
         suffix = SUFFIXES[kind]
-        files = (feature_path(root, name, suffix, features_in) for name in slide.names)
+        files = (_feature(root, name, suffix, features_in) for name in slide.names)
         store.write_column(
             column.name,
             slide.slide_id,
-            (to_record(load_feature(path, suffix), suffix)[None] for path in files),
+            (to_record(_load(path, suffix), suffix)[None] for path in files),
             shape=RECORD_SHAPES[suffix],
             dtype=np.float16,
             made_by=column.made_by,
@@ -202,12 +200,7 @@ def _tiles(root: Path, store: TileStore, slide: PublishedSlide) -> Iterator[tupl
         )
 
 
-def feature_path(root: Path, name: str, suffix: str, features_in: FeaturePlace | None) -> Path:
-    """Return where the feature of a tile is; both places are looked at unless one is given.
-
-    Raises:
-        StoreError: If it is at none of them, or at both.
-    """
+def _feature(root: Path, name: str, suffix: str, features_in: FeaturePlace | None) -> Path:
     relative = name.removesuffix(".jpeg") + suffix
     places = {"beside": root / "patches" / relative, "features": root / "features" / relative}
     looked = [features_in] if features_in else list(places)
@@ -226,12 +219,7 @@ def feature_path(root: Path, name: str, suffix: str, features_in: FeaturePlace |
     return found[0]
 
 
-def load_feature(path: Path, suffix: str) -> np.ndarray:
-    """Return the array of one tile, as published.
-
-    Raises:
-        StoreError: If it cannot be read, or is of another shape.
-    """
+def _load(path: Path, suffix: str) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

@@ -29,8 +29,6 @@ from pixcell.data.published_layout import (
     SUFFIXES,
     FeaturePlace,
     ImportedColumn,
-    feature_path,
-    load_feature,
     published_columns,
     to_record,
 )
@@ -41,6 +39,8 @@ from pixcell.geometry import Box
 __all__ = ["PublishedColumn", "PublishedConfig", "PublishedImages", "PublishedSource"]
 
 _DTYPE = np.dtype(np.float16)
+_TILES_AT_ONCE = 256
+_MOST_BLOCKS = 4_000_000
 
 
 class PublishedConfig(Config):
@@ -61,13 +61,7 @@ class PublishedConfig(Config):
 
 
 class PublishedSource:
-    """Tiles of a folder in the published layout. Pickles as its path.
-
-    Attributes:
-        blocks_at_once: Tiles whose fields are shuffled together, where a recipe does not say how many.
-    """
-
-    blocks_at_once = 256
+    """Tiles of a folder in the published layout. Pickles as its path."""
 
     def __init__(
         self,
@@ -82,7 +76,7 @@ class PublishedSource:
             root: The folder above ``patches/``.
             config: What the folder does not say; as published unless given.
             codec: Facts about the autoencoder that made the latents.
-            window: See :meth:`prepare`.
+            window: Tiles in a window; see :meth:`prepare`.
 
         Raises:
             StoreError: If the folder is not as published, or features are in two places.
@@ -183,13 +177,23 @@ class PublishedSource:
 
     # ── for orders that read in large pieces ─────────────────────────────────────────────────────
 
+    @functools.cached_property
+    def _tiles_per_block(self) -> int:
+        """One, so that shuffling is as good as can be; more where the list of blocks would grow too long."""
+        return -(-len(self._index) // _MOST_BLOCKS)
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks that are shuffled together, where a recipe does not say how many: some 256 tiles."""
+        return max(16, _TILES_AT_ONCE // self._tiles_per_block)
+
     def blocks(self) -> np.ndarray:
         """Return which block each row of the index lies in: a block is a tile, whose fields share files."""
-        return np.arange(len(self._index))
+        return np.arange(len(self._index)) // self._tiles_per_block
 
     def prepare(self, window: int) -> None:
-        """Get ready for windows of so many tiles: each process keeps two of them (1.1 MiB a tile)."""
-        self._window = window
+        """Get ready for windows of so many blocks: each process keeps two of them (1.1 MiB a tile)."""
+        self._window = window * self._tiles_per_block
 
     def name_of(self, slide_id: str, tile: int) -> str:
         """Return a tile's name below ``patches/``."""
@@ -244,8 +248,7 @@ class PublishedColumn:
         """Read some fields of a tile into a contiguous array of their size and dtype.
 
         Raises:
-            StoreError: If the tile's file is missing or is not as published.
-            CorruptShard: If it is cut short.
+            CorruptShard: If the tile's file is missing, cut short, or not as published.
         """
         rows, columns = self.shape[:2]
         if fields.x < 0 or fields.y < 0 or fields.right > columns or fields.bottom > rows:
@@ -264,14 +267,16 @@ class PublishedColumn:
         out[...] = record[fields.y : fields.bottom, fields.x : fields.right]
 
     def _read_whole(self, name: str) -> np.ndarray:
-        path = feature_path(self.source.root, name, self._suffix, self._place)
-        return np.ascontiguousarray(to_record(load_feature(path, self._suffix), self._suffix))
+        file, start = self._open(name)
+        array = np.empty(FILE_SHAPES[self._suffix], _DTYPE)
+        file.read_into(memoryview(array).cast("B"), start)  # type: ignore[arg-type]
+        return np.ascontiguousarray(to_record(array, self._suffix))
 
     def _read_rows(self, out: np.ndarray, name: str, fields: Box) -> None:
         """Read the rows of latents under some fields, channel by channel, and nothing else of the file."""
         channels, height, width = FILE_SHAPES[self._suffix]
         cells = height // self.shape[0]
-        file, start = self._open(feature_path(self.source.root, name, self._suffix, self._place))
+        file, start = self._open(name)
         band = np.empty((channels, cells * fields.height, width), _DTYPE)
         for channel in range(channels):
             first = (channel * height + fields.y * cells) * width * _DTYPE.itemsize
@@ -280,15 +285,39 @@ class PublishedColumn:
         split = columns.reshape(channels, fields.height, cells, fields.width, cells)
         out[...] = split.transpose(1, 3, 0, 2, 4)
 
-    def _open(self, path: Path) -> tuple[OpenFile, int]:
+    def _open(self, name: str) -> tuple[OpenFile, int]:
+        """Open a tile's file and find where its numbers begin.
+
+        Raises:
+            CorruptShard: If it is missing, or is not as published.
+        """
+        folder = "patches" if self._place == "beside" else "features"
+        path = self.source.root / folder / (name.removesuffix(".jpeg") + self._suffix)
         shape = FILE_SHAPES[self._suffix]
+        try:
+            file = OpenFile(path)
+        except FileNotFoundError:
+            raise CorruptShard(f"{path} is missing. Make the features of this tile.") from None
         header = npy_header(shape, _DTYPE)
-        file = OpenFile(path)
-        size = len(header) + 2 * int(np.prod(shape))
-        if file.size != size or file.read(len(header), 0) != header:
-            load_feature(path, self._suffix)  # says what it is instead
+        start = len(header)
+        if file.read(min(start, file.size), 0) != header:  # some other program's way to write a header
+            start = _start_in(path, shape)
+        size = start + 2 * int(np.prod(shape))
+        if file.size < size:
             raise CorruptShard(f"{path} has {file.size} bytes instead of {size}. Make the features again.")
-        return file, len(header)
+        return file, start
+
+
+def _start_in(path: Path, shape: tuple[int, ...]) -> int:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise CorruptShard(f"{path} cannot be read as an array: {error}.") from error
+    if array.shape != shape or array.dtype != _DTYPE or not array.flags.c_contiguous:
+        raise CorruptShard(
+            f"{path} holds {array.shape} {array.dtype}; a published one holds {shape} {_DTYPE}, row by row."
+        )
+    return int(array.offset)
 
 
 class PublishedImages:
@@ -306,13 +335,13 @@ class PublishedImages:
         """Return the bytes of a tile's file.
 
         Raises:
-            StoreError: If there is no such file.
+            CorruptShard: If there is no such file.
         """
         path = self.source.root / "patches" / self.source.name_of(self.slide_id, tile)
         try:
             return path.read_bytes()
         except FileNotFoundError:
-            raise StoreError(f"{path} is in the index, but there is no such file.") from None
+            raise CorruptShard(f"{path} is in the index, but there is no such file.") from None
 
     def image(self, tile: int) -> np.ndarray:
         """Return the pixels of a tile, (height, width, 3) uint8.

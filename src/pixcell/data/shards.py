@@ -58,6 +58,7 @@ class ShardSource:
         if "://" in place:
             remote = RemoteFolder(place, cache.attempts)
             self._cache = ShardCache(remote, manifest.identity, cache)
+        self._damaged: dict[str, str] = {}
         self._shards = OpenFiles(self._open_shard, _OPEN_FETCHED if self._cache else _OPEN_HERE)
 
     @classmethod
@@ -178,7 +179,13 @@ class ShardSource:
         return shard, int(self._places.offset[row]), row
 
     def _open_shard(self, number: str) -> OpenFile:
-        return self._open(self.manifest.shards[int(number)])
+        if number in self._damaged:  # not fetched again for each of its tiles
+            raise CorruptShard(self._damaged[number])
+        try:
+            return self._open(self.manifest.shards[int(number)])
+        except CorruptShard as error:
+            self._damaged[number] = str(error)
+            raise
 
     def _open(self, facts: FileFacts) -> OpenFile:
         for _ in range(10):

@@ -80,8 +80,19 @@ class TileSource(Protocol):
 class BlockSource(TileSource, Protocol):
     """A source that is read in large pieces, such as shards fetched whole."""
 
+    @property
+    def blocks_at_once(self) -> int:
+        """How many blocks are shuffled together where a recipe does not say it."""
+
     def blocks(self) -> np.ndarray:
         """Return for each row of the index the number of the block it is read with.
 
         Rows of one block stand together in the index.
+        """
+
+    def prepare(self, window: int) -> None:
+        """Get ready to be read in windows of so many blocks.
+
+        Raises:
+            StoreError: If they cannot be held at once.
         """

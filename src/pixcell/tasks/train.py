@@ -46,6 +46,7 @@ _STOPPED = 75
 # are added up in another order.
 _FREE = {
     "name",
+    "data.cache",
     "trainer.micro_batch_size",
     "trainer.gradient_checkpointing",
     "trainer.compile",

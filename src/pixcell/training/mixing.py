@@ -25,7 +25,6 @@ from pixcell.training.order import BlockOrder, Group, MixedOrder, Ranges, Sample
 __all__ = ["FieldPlan", "FieldSamples", "MixConfig", "fields_to_show"]
 
 _OTHERS = "(others)"
-_BLOCKS_AT_ONCE = 16
 
 
 class MixConfig(Config):
@@ -105,12 +104,14 @@ class FieldSamples:
 
     @property
     def _at_once(self) -> int:
-        return self.plan.shuffle_blocks or _BLOCKS_AT_ONCE
+        return self.plan.shuffle_blocks or self.fields.blocks_at_once
 
     def _blocks(self) -> tuple[np.ndarray, np.ndarray] | None:
         """First sample and number of samples of each block; None where all are shuffled at once."""
         if self.plan.shuffle_blocks is None and not self.fields.is_read_in_blocks:
             return None
+        # Each group of a mix has blocks of its own at work.
+        self.fields.prepare(self._at_once * (len(self._groups) if self.plan.mix else 1))
         starts, sizes = self.fields.blocks()
         borders = [self._kept.before(int(one)) for one in np.append(starts, len(self.fields))]
         sizes = np.diff(borders)

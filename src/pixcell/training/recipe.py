@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -17,7 +17,10 @@ from pydantic import Field, field_validator, model_validator
 from pixcell.config import Config
 from pixcell.console import console
 from pixcell.data.datasets import FieldDataset
-from pixcell.data.store import TileStore
+from pixcell.data.published_layout import PUBLISHED_CODEC
+from pixcell.data.published_tiles import PublishedConfig
+from pixcell.data.shard_cache import CacheConfig
+from pixcell.data.sources import open_source
 from pixcell.errors import RecipeError
 from pixcell.models.autoencoder import TissueAutoencoder
 from pixcell.models.codec import LatentCodec
@@ -36,8 +39,9 @@ __all__ = ["DataConfig", "TrainRecipe", "build_objective", "fields_of"]
 class DataConfig(Config):
     """Which fields are trained on."""
 
-    store: Path | list[Path]
-    """A tile store, or several made alike."""
+    store: str | list[str]
+    """Where tiles are, or several such places made alike: a store, a pack or its address
+    (s3://bucket/brca), a folder in the published layout."""
     size: int = Field(gt=0)
     """Side of a field, in pixels."""
     latents: str | None = None
@@ -53,22 +57,35 @@ class DataConfig(Config):
     every field once an epoch."""
     shuffle_blocks: int | None = Field(None, gt=0)
     """Shuffle so many blocks at a time instead of all fields, so that a block is read once an epoch. A block
-    is a shard, a group of published tiles, or a slide of a store. None: 16 where there are blocks."""
+    is a shard, a published tile, or a slide of a store. None: 16 shards or 256 published tiles."""
+    cache: CacheConfig = CacheConfig()
+    """Where shards from elsewhere are kept meanwhile."""
+    published: PublishedConfig = PublishedConfig()
+    """What a folder in the published layout does not say of itself."""
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _is_written_in_one_way(cls, store: Any) -> Any:
+        """``a/b/`` and ``./a/b`` are one folder; addresses stay as they are."""
+        if isinstance(store, list):
+            return [cls._is_written_in_one_way(one) for one in store]
+        return str(Path(store)) if isinstance(store, str | Path) and "://" not in str(store) else store
 
     @model_validator(mode="after")
     def _no_store_twice(self) -> Self:
-        if len({path.resolve() for path in self.stores}) < len(self.stores):
+        places = {one.rstrip("/") if "://" in one else str(Path(one).resolve()) for one in self.stores}
+        if len(places) < len(self.stores):
             raise ValueError("data.store names one store twice; fields held out of one would be trained on")
         return self
 
     @property
-    def stores(self) -> list[Path]:
+    def stores(self) -> list[str]:
         """The stores, also where there is one."""
         return self.store if isinstance(self.store, list) else [self.store]
 
     def plan(self, skip_unreadable: bool) -> FieldPlan:
         """Return which fields come when."""
-        return FieldPlan(self.mix, [str(one) for one in self.stores], self.shuffle_blocks, skip_unreadable)
+        return FieldPlan(self.mix, self.stores, self.shuffle_blocks, skip_unreadable)
 
 
 class AutoencoderConfig(Config):
@@ -165,7 +182,12 @@ def fields_of(recipe: TrainRecipe) -> Callable[..., FieldDataset]:
         StoreError: If a source is missing or damaged.
     """
     data = recipe.data
-    stores = [TileStore.open(path) for path in data.stores]
+    codec = PUBLISHED_CODEC
+    if data.published.codec is not None:
+        codec = LatentCodec.from_pretrained(weights_folder(data.published.codec)).made_by()
+    stores = [
+        open_source(one, cache=data.cache, published=data.published, codec=codec) for one in data.stores
+    ]
     group_by = data.plan(skip_unreadable=False).group_by
     return functools.partial(FieldDataset, stores, size=data.size, where=data.where, group_by=group_by)
 
