@@ -85,7 +85,6 @@ class Unsharded:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
         self._parts = [
             (part, prefix + "." if prefix else "", type(part), _hooks_of(part))
             for prefix, part in module.named_modules()
@@ -97,7 +96,8 @@ class Unsharded:
         kept = []
         try:
             for part, prefix, plain_class, plain_hooks in self._parts:
-                kept.append((part, type(part), {**_hooks_of(part), "_parameters": part._parameters}))
+                sharded = {name: part.__dict__[name] for name in ("_parameters", *plain_hooks)}
+                kept.append((part, type(part), sharded))
                 part.__class__ = plain_class
                 part.__dict__.update({name: hooks.copy() for name, hooks in plain_hooks.items()})
                 part._parameters = {
@@ -108,10 +108,13 @@ class Unsharded:
                 }
             yield
         finally:
-            for part, sharded_class, body in kept:
+            for part, sharded_class, sharded in kept:
                 part.__class__ = sharded_class
-                part.__dict__.update(body)
+                part.__dict__.update(sharded)
 
 
 def _hooks_of(part: nn.Module) -> dict[str, dict[int, object]]:
-    return {name: value for name, value in part.__dict__.items() if "_hooks" in name and value is not None}
+    """Copies: sharding adds to the dictionaries themselves."""
+    return {
+        name: value.copy() for name, value in part.__dict__.items() if "_hooks" in name and value is not None
+    }
