@@ -110,7 +110,7 @@ def codec_recipe(store):
     return lambda *overrides: parse_recipe(TrainRecipe, content, overrides)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(store, codec_folder):
     """A denoising recipe; overrides as on the command line."""
     content = {

@@ -211,8 +211,8 @@ class Engine:
             if isinstance(error, PixCellError) or not _is_lost_peer(error):
                 raise
             raise RunError(
-                f"process {self.process_index} lost the others ({str(error).splitlines()[0]}): one of them "
-                "was killed, or failed and says why. The same command goes on from the last checkpoint."
+                f"process {self.process_index} lost the others: one of them was killed, or failed and says "
+                "why. The same command goes on from the last checkpoint."
             ) from error
 
     # -- the whole state, as one process would have it ------------------------------------------------------

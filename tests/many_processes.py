@@ -1,0 +1,60 @@
+"""Train in one of several processes, one run after the other: FOLDER SCENARIO...
+
+Runs stand in FOLDER/<scenario>, by FOLDER/recipe.yaml. Each process notes which samples its steps took, in
+FOLDER/<scenario>.<rank>.jsonl.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from pixcell.config import load_recipe
+from pixcell.errors import RunError
+from pixcell.tasks.train import train
+from pixcell.training.engine import Engine
+from pixcell.training.recipe import TrainRecipe
+
+RANK = int(os.environ.get("RANK", "0"))
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch` tells its processes, by recipes/accelerate/fsdp2.yaml."""
+SCENARIOS = {
+    "ddp": {},
+    "micro": {"overrides": ["trainer.micro_batch_size=1"]},
+    "fsdp2": {"overrides": ["trainer.steps=4", "trainer.micro_batch_size=1"], "environment": FSDP2},
+    "told": {"moment": (3, 1, signal.SIGTERM)},
+    "alone": {"run": "chain", "moment": (3, 0, signal.SIGKILL)},
+    "pair": {"run": "chain", "moment": (5, 1, signal.SIGKILL)},
+}
+"""``moment``: the signal that a process sends itself in a step: (step, process, signal); the first is 1."""
+
+
+def train_scenario(folder, name, run=None, overrides=(), environment=None, moment=None):
+    """Train, noting the samples of each step."""
+    whole = Engine.forward_backward
+
+    def noting(self, batch, *rest):
+        with (folder / f"{name}.{RANK}.jsonl").open("a") as file:
+            file.write(json.dumps([batch["step"] + 1, list(batch["key"])]) + "\n")
+        if moment and moment[:2] == (batch["step"] + 1, RANK):
+            os.kill(os.getpid(), moment[2])
+        return whole(self, batch, *rest)
+
+    Engine.forward_backward = noting
+    os.environ.update(environment or {})
+    try:
+        recipe = load_recipe(TrainRecipe, folder / "recipe.yaml", list(overrides))
+        print(f"{name}.{RANK}: {train(recipe, folder / (run or name)).stopped_by}", flush=True)
+    except RunError as error:
+        print(f"{name}.{RANK}: {error}", flush=True)
+        raise
+    finally:
+        Engine.forward_backward = whole
+        for key in environment or {}:
+            del os.environ[key]
+
+
+if __name__ == "__main__":
+    for scenario in sys.argv[2:]:
+        train_scenario(Path(sys.argv[1]), scenario, **SCENARIOS[scenario])
