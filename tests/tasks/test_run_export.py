@@ -17,9 +17,10 @@ from training_fixtures import codec_folder, codec_recipe, recipe, store
 __all__ = ["codec_folder", "codec_recipe", "recipe", "store"]  # fixtures
 
 
-@pytest.fixture
-def run(recipe, tmp_path):
-    return train(recipe("trainer.ema_decays=[0.9, 0.05]", "trainer.steps=3"), tmp_path / "first").run
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    chosen = recipe("trainer.ema_decays=[0.9, 0.05]", "trainer.steps=3")
+    return train(chosen, tmp_path_factory.mktemp("runs") / "first").run
 
 
 FILES = {
@@ -33,7 +34,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("weights", FILES)
+@pytest.mark.parametrize("weights", ["auto", "averaged-0.9", "averaged-0.05", "raw"])
 def test_a_converted_run_has_the_weights_that_were_asked_for(run, tmp_path, weights):
     result = convert(str(run), tmp_path / "out", weights=weights)
     expected = load_file(Checkpoint.find(run).state / f"{FILES[weights]}.safetensors")

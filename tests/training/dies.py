@@ -1,16 +1,16 @@
-"""Train in processes that are killed at chosen moments: WHAT FOLDER TRIALS.
+"""Train in processes that are killed at chosen moments.
 
-WHAT is ``line`` (see ``tiny_objective``) or a recipe file. TRIALS is a list in JSON; each trial is
-``[run, moment, which]`` and trains in ``FOLDER/run`` in a process of its own, one after the other. Moments:
+Reads trials, a line of JSON each: ``[what, run, moment, which]``. ``what`` is ``line`` (``tiny_objective``),
+or a recipe file; it is trained in the folder ``run`` in a process of its own. Moments:
 
     none      it is left alone
-    watch     it is left alone, and what it does to files is written to ``FOLDER/run.changes.json``
+    watch     it is left alone, and what it does to files is written to ``<run>.changes.json``
     step      SIGKILL in the middle of the ``which``-th step from the start of this process
     change    SIGKILL before it changes a file or folder of its run for the ``which``-th time: opens one for
               writing, syncs, renames, links, deletes
     random    SIGKILL at random times, started again each time until it is through; ``which`` is the seed
 
-Prints a line of JSON for each trial: how it ended, and the step of the last checkpoint, after verifying it.
+Answers each with a line of JSON: how it ended, and the step of the last checkpoint, after verifying it.
 
 Everything is imported once, then each trial is a fork: a hundred of them take seconds.
 """
@@ -129,19 +129,19 @@ def random_kills(what, run, seed):
     return ended(started(what, run, "none", None)), kills
 
 
-def main(what, folder, trials):
-    for name, moment, which in json.loads(trials):
-        run, kills = Path(folder) / name, None
-        if moment == "random":
-            status, kills = random_kills(what, run, which)
-        else:
-            status = ended(started(what, run, moment, which))
-        last = Checkpoint.last(run)
-        if last is not None:
-            last.verify()
-        outcome = {"run": name, "status": status, "last": last.step if last else None, "kills": kills}
-        print(json.dumps(outcome), flush=True)
+def outcome_of(what, run, moment, which):
+    kills = None
+    if moment == "random":
+        status, kills = random_kills(what, run, which)
+    else:
+        status = ended(started(what, run, moment, which))
+    last = Checkpoint.last(run)
+    if last is not None:
+        last.verify()
+    return {"status": status, "last": last.step if last else None, "kills": kills}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for line in sys.stdin:
+        what, run, moment, which = json.loads(line)
+        print(json.dumps(outcome_of(what, Path(run), moment, which)), flush=True)

@@ -248,7 +248,7 @@ def test_a_disk_that_fills_at_any_moment_leaves_a_checkpoint_and_the_run_goes_on
     fit(tmp_path / "whole", keep_last=9)
     disk = small_disk("2m")
     ended = []
-    for num_pages in range(0, 60, 3):
+    for num_pages in range(0, 60, 5):
         run, ballast = disk / f"run-{num_pages}", disk / "ballast"
         fit(run, steps=3, keep_last=9)
         free = shutil.disk_usage(disk).free

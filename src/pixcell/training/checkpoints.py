@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pixcell.errors import OutputError, RunError
-from pixcell.files import sha256_of, write_json, writing_to
+from pixcell.files import remove_leftovers, sha256_of, write_json, writing_to
 
 __all__ = ["Checkpoint", "exclusively", "link_or_copy", "prune", "remove_unfinished", "write_checkpoint"]
 
@@ -182,6 +182,8 @@ def remove_unfinished(run: Path) -> None:
     """Remove what a killed process left. Only for the process that holds the run (:func:`exclusively`)."""
     for place in (run / "checkpoints").glob(f"{_UNFINISHED}*"):
         shutil.rmtree(place, ignore_errors=True)
+    for folder in (run, run / "previews"):
+        remove_leftovers(folder, older_than_s=0)
 
 
 @contextlib.contextmanager
