@@ -98,7 +98,7 @@ def progress(label: str, total: float | None = None, done: float = 0) -> Iterato
         TimeRemainingColumn(),
     )
     with _NotedProgress(*columns, console=console, transient=False) as bar:
-        task = bar.add_task(label, total=total, completed=done, note="")
+        task = bar.add_task(label, total=total, completed=int(done), note="")
 
         def advance(amount: float = 1, *, note: str | None = None, total: float | None = None) -> None:
             if total is not None:

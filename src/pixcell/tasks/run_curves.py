@@ -100,17 +100,18 @@ def _loss_by_time(axes: Any, history: RunHistory) -> None:
 
     axes.set_title("Loss by time", loc="left")
     colours = _without_yellow()
-    bins = [(name, *map(float, name.removeprefix(_BY_TIME).split("-"))) for name in history.names(_BY_TIME)]
+    edges: set[float] = set()
     shown: list[float] = []
-    for name, start, stop in bins:
+    for name in history.names(_BY_TIME):
+        start, stop = map(float, name.removeprefix(_BY_TIME).split("-"))
+        edges |= {start, stop}
         steps, values = history.series(name)
         smooth = _running_mean(values)
         axes.plot(*_thinned(steps, smooth), color=colours((start + stop) / 2), linewidth=1.3)
         shown += list(smooth)
     _scale(axes, shown)
-    edges = sorted({edge for _, *both in bins for edge in both})
-    scale = ScalarMappable(BoundaryNorm(edges, colours.N), colours)
-    bar = axes.figure.colorbar(scale, ax=axes, ticks=[edges[0], edges[-1]], aspect=28)
+    scale = ScalarMappable(BoundaryNorm(sorted(edges), colours.N), colours)
+    bar = axes.figure.colorbar(scale, ax=axes, ticks=[min(edges), max(edges)], aspect=28)
     bar.ax.set_yticklabels(["clean", "noise"])
     bar.outline.set_visible(False)
 

@@ -168,7 +168,8 @@ class _Wandb:
             write_json(place, known)
         try:
             self._run = wandb.init(
-                **where,
+                project=config.project,
+                entity=config.entity,
                 id=known["id"],
                 resume="allow",
                 name=run.name,
