@@ -334,6 +334,11 @@ def _accelerator(config: TrainerConfig) -> Accelerator:
     # The state is shared by all Accelerators of a process and refuses another precision; one program may
     # train an autoencoder in bf16 and then a denoiser in fp32.
     AcceleratorState._reset_state()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise RecipeError(
+            "DeepSpeed is not supported: its state could not be gone on with under another engine. FSDP2 "
+            "spreads the same things over processes: use recipes/accelerate/fsdp2.yaml as accelerate config."
+        )
     plugin = fsdp_plugin()
     try:
         accelerator = Accelerator(
@@ -359,8 +364,6 @@ def _accelerator(config: TrainerConfig) -> Accelerator:
         )
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("trainer.precision fp16 needs a GPU: on a CPU choose bf16 or fp32.")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise RecipeError("DeepSpeed is not supported; FSDP2 does the same: see recipes/accelerate.")
     if plugin is not None and accelerator.num_processes > 1:
         keep_float32(plugin)
         # accelerate shards on GPUs only and would train by DDP on CPUs without a word; torch can do both.
