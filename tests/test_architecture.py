@@ -22,13 +22,16 @@ WITHOUT_TORCH = FOUNDATIONS | {
     "data.backends",
     "data.colour",
     "data.drawn",
+    "data.packing",
     "data.published_layout",
     "data.qc",
     "data.slides",
+    "data.sources",
     "data.store",
     "data.tiling",
     "data.tissue",
     "cli",
+    "tasks.pack",
     "tasks.tile",
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))

@@ -44,6 +44,13 @@ def test_help_shows_an_example(command):
         (["inspect", "no-such-thing"], "no-such-thing"),
         (["import", "no-such-folder", "store"], "no-such-folder"),
         (["export", "no-such-store", "folder"], "no-such-store"),
+        (["pack", "no-such-store", "folder"], "no-such-store"),
+        (
+            ["pack", "store", "folder", "--where", "train"],
+            "--where 'train' is not of the form attribute=value",
+        ),
+        (["pack", "store", "folder", "--shard-size", "big"], "pixcell pack: shard_size"),
+        (["pack", "store", "folder", "--set", "sed=1"], "Did you mean 'seed'"),
         (["demo", "out", "--slides", "no-such-slide.svs"], "no-such-slide.svs"),
         (["convert", "no-such-weights", "out"], "no-such-weights"),
     ],

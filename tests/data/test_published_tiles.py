@@ -108,11 +108,11 @@ def bytes_read(monkeypatch):
     return counted
 
 
-def test_in_random_order_a_field_reads_a_quarter_of_the_file(published, bytes_read):
-    dataset = FieldDataset(PublishedSource(published), size=256, latents="latents-sd3")
+def test_in_random_order_a_field_reads_a_quarter_of_the_latents_and_its_own_embedding(published, bytes_read):
+    dataset = FieldDataset(PublishedSource(published), size=256, **COLUMNS)
     dataset[7]
-    file = 32 * 128 * 128 * 2
-    assert sum(bytes_read["bytes"]) == file // 4 + 128
+    latents, headers = 32 * 128 * 128 * 2, 2 * 128
+    assert sum(bytes_read["bytes"]) == latents // 4 + 2 * 1536 + headers
 
 
 @pytest.mark.parametrize("size", [256, 512])

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pixcell.config import Config
-from pixcell.data.columns import npy_header
+from pixcell.data.columns import npy_header, read_fields
 from pixcell.data.images import decode_tile
 from pixcell.data.index import INDEX_COLUMNS
 from pixcell.data.published_index import TILE_SIZE, name_parts, read_index, slides_in
@@ -259,7 +259,11 @@ class PublishedColumn:
             self._whole = OpenFiles(self._read_whole, kept)
         if self._whole is not None:
             record = self._whole[name]
-        elif (fields.width, fields.height) == (columns, rows) or len(self.shape) == 3:
+        elif len(self.shape) == 3:  # embeddings stand field by field in the file already
+            file, start = self._open(name)
+            read_fields(out, file, start, self.shape, fields)
+            return
+        elif (fields.width, fields.height) == (columns, rows):
             record = self._read_whole(name)
         else:
             self._read_rows(out, name, fields)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pixcell.data.index import INDEX_COLUMNS
+from pixcell.data.shards import ShardSource
 from pixcell.data.slides import Slide, find_slides
 from pixcell.data.store import TileStore
 from pixcell.data.tissue import find_tissue
@@ -19,6 +20,7 @@ from pixcell.tasks.facts import Facts, Section, flattened, size_of, size_text
 
 __all__ = [
     "explain_folder",
+    "explain_pack",
     "explain_picture",
     "explain_report",
     "explain_slide",
@@ -138,6 +140,58 @@ def explain_folder(path: Path, verify: bool = False) -> Facts:
     )
 
 
+def explain_pack(path: Path, verify: bool = False) -> Facts:
+    """Explain a pack of shards; ``verify`` reads every byte."""
+    pack = ShardSource.open(path)
+    manifest = pack.manifest
+    problems = [f"{each.slide_id}: {each.reason}" for each in pack.verify()] if verify else []
+    if any(problem.startswith(manifest.index.name) for problem in problems):
+        return Facts("pack of shards", path, [], problems, verified=True)
+    index = pack.index()
+    records = [(name, " x ".join(map(str, column.shape))) for name, column in manifest.columns.items()]
+    if manifest.has_images:
+        records.insert(0, ("images", "JPEG"))
+    sizes = [shard.num_bytes for shard in manifest.shards]
+    return Facts(
+        "pack of shards",
+        path,
+        [
+            Section(
+                "pack",
+                {
+                    "slides": len(pc.unique(index["slide_id"])),
+                    "tiles": pack.num_tiles,
+                    "tile": f"{pack.tile_size} px at {pack.mpp:g} microns per pixel",
+                    "shards": f"{len(sizes)}, of {size_text(min(sizes))} to {size_text(max(sizes))}",
+                    "tiles per shard": manifest.tiles_per_shard,
+                    "shuffled": manifest.request["shuffle"],
+                    "size on disk": size_text(sum(sizes) + manifest.index.num_bytes),
+                },
+            ),
+            Section("columns", columns=("column", "a tile's record"), rows=records),
+            *(Section(f"{name} made by", flattened(one.made_by)) for name, one in manifest.columns.items()),
+            Section("attributes", columns=("attribute", "values"), rows=_attributes(index)),
+        ],
+        problems,
+        verified=verify,
+    )
+
+
+def _attributes(index: pa.Table) -> list[tuple[str, str]]:
+    """Attributes of tiles with their most common values."""
+    return [
+        (
+            name,
+            ", ".join(
+                f"{value if value is not None else 'not stated'} ({count})" for value, count in counted
+            ),
+        )
+        for name in index.column_names
+        if name not in INDEX_COLUMNS
+        for counted in [_counted(index.column(name)).most_common(8)]
+    ]
+
+
 def explain_store(path: Path, verify: bool = False) -> Facts:
     """Explain a tile store; ``verify`` reads every byte."""
     store = TileStore.open(path)
@@ -150,17 +204,7 @@ def explain_store(path: Path, verify: bool = False) -> Facts:
             raise
         # Too damaged to be described; everything that is wrong with it helps more than the first thing.
         return Facts("tile store", path, [Section("store", {"slides": len(slides)})], problems, verified=True)
-    attributes = [
-        (
-            name,
-            ", ".join(
-                f"{value if value is not None else 'not stated'} ({count})" for value, count in counted
-            ),
-        )
-        for name in index.column_names
-        if name not in INDEX_COLUMNS
-        for counted in [_counted(index.column(name)).most_common(8)]
-    ]
+    attributes = _attributes(index)
     columns = [
         (
             each.name,

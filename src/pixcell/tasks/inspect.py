@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pixcell.config import find_recipe, recipe_names
+from pixcell.data.pack_format import is_pack
 from pixcell.data.slides import SLIDE_SUFFIXES, find_slides
 from pixcell.errors import PixCellError, UnreadableSlide
 from pixcell.provenance import read_provenance
 from pixcell.tasks.explain import (
     explain_folder,
+    explain_pack,
     explain_picture,
     explain_report,
     explain_slide,
@@ -33,6 +35,7 @@ __all__ = ["Facts", "inspect"]
 _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], Facts]], ...] = (
     # The first that recognises the path explains it; so the most particular stand first.
     ("a tile store (folder with store.json)", lambda path: (path / "store.json").is_file(), explain_store),
+    ("a pack of shards (folder with pack.json)", is_pack, explain_pack),
     (
         "a checkpoint (folder with checkpoint.json)",
         lambda path: (path / "checkpoint.json").is_file(),
@@ -72,8 +75,8 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], Facts]],
 def inspect(path: Path, *, verify: bool = False) -> Facts:
     """Say what something is: resolution and where it was read, contents, provenance.
 
-    Knows slides, folders of slides or pictures, tile stores, recipes, training runs, checkpoints, pipelines,
-    models, weight files, priors, generated pictures and reports.
+    Knows slides, folders of slides or pictures, tile stores, packs, recipes, training runs, checkpoints,
+    pipelines, models, weight files, priors, generated pictures and reports.
 
     Args:
         path: The thing; recipes of the package also by name.
