@@ -13,6 +13,7 @@ but the row itself, so it is exactly the same in one batch or many micro-batches
 import contextlib
 import re
 import signal
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -111,6 +112,9 @@ def dead_loaders_are_errors(workers: int) -> Iterator[None]:
         if not re.match(r"DataLoader worker \(pid", str(error)):
             raise
         said = " ".join(str(error).split())
+        # Frames keep the loader, and while it is there every process that ends raises the same error again,
+        # wherever the program is then.
+        traceback.clear_frames(error.__traceback__)
         raise RunError(
             f"a loader process died: {said} Most often the machine ran out of memory, or of shared memory "
             f"(/dev/shm). Lower trainer.workers (now {workers}; 0 needs no such processes) and run the same "
