@@ -185,3 +185,27 @@ class TestAdapters:
         config = LoraConfig(r=2, target_modules=["attn2.to_out.0"], lora_dropout=0.5)
         adapted = inject_adapter_in_model(config, block).double().train()
         assert adapted.prepare(inputs(1)[1]).key is not None
+
+
+def test_image_attention_is_that_of_diffusers_to_the_last_bit():
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    block = make_block().float()
+    tokens = torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(0))
+    ours = block.attn1(tokens)
+    block.attn1.set_processor(AttnProcessor2_0())
+    assert torch.equal(ours, block.attn1(tokens))
+
+
+def test_in_bfloat16_few_tokens_attend_in_float32_where_that_is_faster():
+    """Nearer to the truth than all in bfloat16; and only in training, on a processor."""
+    block = make_block().float()
+    tokens = torch.randn(2, 64, WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth = block.attn1(tokens)
+        sampled = block.bfloat16().attn1(tokens.bfloat16())
+    trained = block.attn1(tokens.bfloat16())
+    assert trained.dtype == sampled.dtype == torch.bfloat16
+    assert (trained.float() - truth).abs().mean() <= 1.02 * (sampled.float() - truth).abs().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block.attn1(tokens.bfloat16()), trained)

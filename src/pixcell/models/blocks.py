@@ -31,12 +31,15 @@ __all__ = [
     "BlockCondition",
     "ConditionPositions",
     "ConditionProjection",
+    "ImageAttention",
     "PixCellBlock",
     "PreparedCondition",
     "TimeModulation",
     "condition_positions",
     "modulated",
 ]
+
+_FEW_TOKENS = 128
 
 
 class BlockCondition(NamedTuple):
@@ -87,6 +90,10 @@ class PixCellBlock(BasicTransformerBlock):
     It is made with ``norm_type="ada_norm_single"`` and a ``cross_attention_dim``.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attn1.set_processor(ImageAttention())
+
     def forward(
         self,
         hidden_states: Float[Tensor, "batch image_tokens width"],
@@ -136,6 +143,39 @@ class PixCellBlock(BasicTransformerBlock):
         query = attention.to_q(hidden_states).unflatten(2, (attention.heads, -1)).transpose(1, 2)
         attended = functional.scaled_dot_product_attention(query, key, value)
         return _output(attention, attended.transpose(1, 2).flatten(2))
+
+
+class ImageAttention:
+    """Lets image tokens look at each other: diffusers' processor, for attention of this one kind.
+
+    On a processor, fused attention of few tokens is two to three times as fast in float32 as in bfloat16 when
+    gradients are wanted (and as fast from some hundred tokens on): there it is computed in float32.
+    """
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Float[Tensor, "batch tokens width"],
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Return what the tokens receive from each other. The last two are what diffusers passes along."""
+        query, key, value = (
+            project(hidden_states).unflatten(2, (attention.heads, -1)).transpose(1, 2)
+            for project in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        if _is_faster_in_float32(query):
+            with torch.autocast("cpu", enabled=False):
+                attended = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+            attended = attended.to(query.dtype)
+        else:
+            attended = functional.scaled_dot_product_attention(query, key, value)
+        return _output(attention, attended.transpose(1, 2).flatten(2))
+
+
+def _is_faster_in_float32(query: Tensor) -> bool:
+    few = query.shape[2] <= _FEW_TOKENS
+    return few and query.requires_grad and query.dtype is torch.bfloat16 and query.device.type == "cpu"
 
 
 TransformerBlockRegistry.register(
