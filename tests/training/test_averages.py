@@ -20,6 +20,16 @@ def test_the_average_follows_the_paper_formula_once_it_is_warm():
     torch.testing.assert_close(averages.averages[0]["weight"], expected)
 
 
+def test_without_warm_up_the_decay_is_the_same_from_the_first_step():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    averages = AveragedWeights(model, [0.9], warmup=False)
+    nn.init.ones_(model.weight)
+    for step, expected in enumerate((0.1, 0.19, 0.271)):
+        averages.update(step)
+        assert averages.averages[0]["weight"].item() == pytest.approx(expected)
+
+
 def test_each_decay_has_its_own_average_as_if_it_were_the_only_one():
     model = nn.Linear(2, 2)
     several = AveragedWeights(model, [0.9, 0.5])

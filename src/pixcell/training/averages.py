@@ -20,16 +20,17 @@ class AveragedWeights:
     """Exponential moving averages of a model's weights, in float32.
 
     ``average = decay * average + (1 - decay) * weight`` after every step, over parameters only (buffers are
-    constants here). Early on the decay is ``(1 + step) / (10 + step)`` where that is smaller, so that the
+    constants here). With ``warmup`` the decay is ``(1 + step) / (10 + step)`` where that is smaller, so that the
     random start is forgotten: a run of a thousand steps at 0.999 would else be averaged with it.
 
     Args:
         model: Whose weights. Where they are spread over processes, so are the averages.
         decays: Share that each average keeps of itself every step.
+        warmup: Whether they keep less in the beginning.
     """
 
-    def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
-        self.decays = tuple(decays)
+    def __init__(self, model: nn.Module, decays: Sequence[float], warmup: bool = True) -> None:
+        self.decays, self.warmup = tuple(decays), warmup
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.averages: tuple[dict[str, Tensor], ...] = tuple(
             {name: weight.detach().float().clone() for name, weight in self._weights.items()}
@@ -42,7 +43,7 @@ class AveragedWeights:
         """Take in the weights after step ``step`` (0 is the first)."""
         weights = [_here(weight).float() for weight in self._weights.values()]
         for decay, averages in zip(self.decays, self.averages, strict=True):
-            kept = min(decay, (1 + step) / (10 + step))
+            kept = min(decay, (1 + step) / (10 + step)) if self.warmup else decay
             torch._foreach_lerp_([_here(average) for average in averages.values()], weights, 1 - kept)
 
     @torch.no_grad()

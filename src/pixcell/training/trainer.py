@@ -86,7 +86,7 @@ class Trainer:
         self.engine = Engine(objective, lambda model: make_optimizer(model, optimizer), config)
         self.order = self._order()
         self.num_steps = config.num_steps(self.order.num_samples)
-        self.averages = AveragedWeights(objective.trainable, config.ema_decays)
+        self.averages = AveragedWeights(objective.trainable, config.ema_decays, config.ema_warmup)
         self.step, self.seconds = 0, 0.0
         self.last_checkpoint: Checkpoint | None = None
         self._dropped: DroppedLog | None = None

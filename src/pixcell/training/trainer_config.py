@@ -37,6 +37,9 @@ class TrainerConfig(Config):
     ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field((0.9999,), min_length=1)
     """Of the running averages of the weights. The first is what previews, ``pipeline/`` and figures show; the
     others are there to choose from later. ``ema_decay: 0.9999`` is short for one."""
+    ema_warmup: bool = True
+    """Keep less of an average in the beginning, so that the start is forgotten: ``(1 + step) / (10 + step)``
+    where that is below the decay (for 0.9999 during 90,000 steps). The released code does not."""
     spike: SpikeConfig | None = SpikeConfig()
     """When a loss counts as run away, which ends the run with an error. None: never."""
     max_hours: float | None = Field(None, gt=0)
