@@ -42,10 +42,9 @@ def draw_curves(history: RunHistory) -> bytes:
         )
         FigureCanvasAgg(figure)
         places = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
-        end = max(history.num_steps or 0, history.step)
         for axes, draw in zip(places, panels, strict=False):
             draw(axes, history)
-            axes.set_xlim(0, 1.02 * end)
+            axes.set_xlim(0, 1.02 * history.step)
             axes.set_xlabel("step")
             for start in history.starts:
                 if start.from_step:
@@ -75,14 +74,14 @@ def _panels(history: RunHistory) -> list[_Panel]:
         panels.append(_rate)
     if "samples_per_s" in known:
         panels.append(_speed)
-    if "memory_gib" in known:
-        panels.append(_memory)
     return panels
 
 
 def _loss(axes: Any, history: RunHistory) -> None:
     axes.set_title("Loss", loc="left")
-    _line(axes, *history.series("loss"), REAL)
+    steps, values = history.series("loss")
+    _line(axes, steps, values, REAL)
+    _cut_the_beginning(axes, [values])
 
 
 def _held_out(name: str) -> _Panel:
@@ -101,15 +100,16 @@ def _loss_by_time(axes: Any, history: RunHistory) -> None:
     axes.set_title("Loss by time", loc="left")
     colours = _without_yellow()
     edges: set[float] = set()
-    shown: list[float] = []
+    shown: list[np.ndarray] = []
     for name in history.names(_BY_TIME):
         start, stop = map(float, name.removeprefix(_BY_TIME).split("-"))
         edges |= {start, stop}
         steps, values = history.series(name)
         smooth = _running_mean(values)
         axes.plot(*_thinned(steps, smooth), color=colours((start + stop) / 2), linewidth=1.3)
-        shown += list(smooth)
-    _scale(axes, shown)
+        shown.append(smooth)
+    _scale(axes, np.concatenate(shown).tolist())
+    _cut_the_beginning(axes, shown)
     scale = ScalarMappable(BoundaryNorm(sorted(edges), colours.N), colours)
     bar = axes.figure.colorbar(scale, ax=axes, ticks=[min(edges), max(edges)], aspect=28)
     bar.ax.set_yticklabels(["clean", "noise"])
@@ -192,12 +192,6 @@ def _speed(axes: Any, history: RunHistory) -> None:
         twin.tick_params(axis="y", colors=_GREY)
 
 
-def _memory(axes: Any, history: RunHistory) -> None:
-    axes.set_title("Memory, peak (GiB)", loc="left")
-    axes.plot(*_thinned(*history.series("memory_gib")), color=REAL)
-    axes.set_ylim(bottom=0)
-
-
 def _line(
     axes: Any, steps: Sequence[int], values: Sequence[float], colour: str, label: str | None = None
 ) -> None:
@@ -229,6 +223,14 @@ def _thinned(steps: Sequence[int], values: Sequence[float] | np.ndarray) -> tupl
     borders = np.linspace(0, len(x), _MAX_POINTS + 1).astype(int)
     counts = np.diff(borders)
     return np.add.reduceat(x, borders[:-1]) / counts, np.add.reduceat(y, borders[:-1]) / counts
+
+
+def _cut_the_beginning(axes: Any, curves: Sequence[Sequence[float] | np.ndarray]) -> None:
+    """Let the first twentieth, where a loss falls from its start, leave the picture at its top."""
+    later = np.concatenate([np.asarray(curve)[len(curve) // 20 :] for curve in curves])
+    if len(later) >= 40:
+        low, high = float(later.min()), float(later.max())
+        axes.set_ylim(top=high + 0.05 * (high - low))
 
 
 def _scale(axes: Any, values: Sequence[float]) -> None:

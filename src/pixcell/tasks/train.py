@@ -121,6 +121,7 @@ class TrainResult:
                 **({"dropped": self._dropped()} if self.num_dropped else {}),
                 "checkpoint": self.checkpoint,
                 "preview": self.preview,
+                **({"report": report} if (report := self.run / "report.html").is_file() else {}),
             },
         )
 

@@ -120,6 +120,8 @@ def _main_figures(history: RunHistory) -> list[tuple[str, str, str, str]]:
     if speeds:
         _, use = history.series("flop_use")
         below = f"median; MFU {100 * np.median(use):.3g}%" if use else "median over the log"
+        if last.get("memory_gib") is not None:
+            below += f"; {last['memory_gib']:.3g} GiB at most"
         entries.append(("Images per second", f"{np.median(speeds):.3g}", "", below))
     if last.get("seconds") is not None:
         left = last.get("seconds_left")
@@ -143,9 +145,10 @@ def _curves(history: RunHistory) -> str:
         return '<p class="soft">Nothing was logged yet.</p>'
     return (
         f'<img class="plot" alt="Curves of the training" src="{data_uri(draw_curves(history), "png")}">'
-        '<p class="soft">Thin: as logged; thick: running mean over a twentieth of the log. Dotted: steps at '
-        "which the run went on after a stop. Time runs from clean (0) to noise (1). Held out: fields that "
-        "were not trained on, at fixed noise, by the averaged weights.</p>"
+        '<p class="soft">Thin: as logged; thick: running mean over a twentieth of the log. Losses of the '
+        "first twentieth may leave the picture at its top. Dotted: steps at which the run went on after a "
+        "stop. Time runs from clean (0) to noise (1). Held out: fields that were not trained on, at fixed "
+        "noise, by the averaged weights.</p>"
     )
 
 
