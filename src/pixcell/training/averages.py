@@ -20,8 +20,8 @@ class AveragedWeights:
     """Exponential moving averages of a model's weights, in float32.
 
     ``average = decay * average + (1 - decay) * weight`` after every step, over parameters only (buffers are
-    constants here). With ``warmup`` the decay is ``(1 + step) / (10 + step)`` where that is smaller, so that the
-    random start is forgotten: a run of a thousand steps at 0.999 would else be averaged with it.
+    constants here). With ``warmup`` the decay is ``(1 + step) / (10 + step)`` where that is smaller, so that
+    the random start is forgotten: a run of a thousand steps at 0.999 would else be averaged with it.
 
     Args:
         model: Whose weights. Where they are spread over processes, so are the averages.
