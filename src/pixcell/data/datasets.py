@@ -326,10 +326,8 @@ class _Part:
         self.slide = pc.index_in(rows["slide_id"], pa.array(self.slide_ids, rows["slide_id"].type)).to_numpy()
         self.tile, self.x, self.y = (rows[key].to_numpy() for key in ("tile", "x", "y"))
         together = rows[_BLOCK].to_numpy() if _BLOCK in rows.column_names else self.slide
-        firsts = {0, *(np.flatnonzero(np.diff(together)) + 1).tolist()}
-        self.block_starts = np.array(
-            sorted(firsts | {tiles.start for tiles in self.groups.values()}), np.int64
-        )
+        borders = np.flatnonzero(np.diff(together)) + 1
+        self.block_starts = np.union1d(borders, [0, *(tiles.start for tiles in self.groups.values())])
         self._images = OpenFiles(source.images, limit=16)
 
     def __len__(self) -> int:

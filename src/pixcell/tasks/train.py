@@ -33,8 +33,8 @@ from pixcell.training.differences import differences
 from pixcell.training.flops import training_flops
 from pixcell.training.loading import load_batches
 from pixcell.training.metrics import check_wandb
-from pixcell.training.objectives import Grown, Objective, OrderedSamples
-from pixcell.training.order import MixedOrder, SampleOrder
+from pixcell.training.objectives import Grown, Objective, order_of
+from pixcell.training.order import MixedOrder
 from pixcell.training.recipe import TrainRecipe, build_objective
 from pixcell.training.trainer import Trainer
 
@@ -238,7 +238,7 @@ def _report(run: Path, trainer: Trainer) -> None:
 def _flops_per_sample(objective: Objective, seed: int) -> float | None:
     """FLOPs of a training step by sample, counted on the first one; None where they cannot be counted."""
     samples = objective.samples
-    order = samples.order(seed) if isinstance(samples, OrderedSamples) else SampleOrder(len(samples), seed)
+    order = order_of(samples, seed)
     plan = BatchPlan(order, batch_size=1, micro_batch_size=1, first_step=0, last_step=1)
     # Only its shapes count: a tile that cannot be read is the training's to find.
     batch = next(load_batches(samples, plan, seed=seed, on_bad_tile="drop"))

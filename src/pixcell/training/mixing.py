@@ -83,6 +83,7 @@ class FieldSamples:
 
     def __init__(self, fields: FieldDataset, held_out: Sequence[int], plan: FieldPlan | None = None) -> None:
         self.fields, self.plan = fields, plan or FieldPlan()
+        self._held_out = np.sort(np.asarray(held_out, np.int64))
         self._kept, self._count = Without(held_out), len(fields) - len(held_out)
         if self.plan.mix is not None:
             self._groups = self._weighed(self.plan.mix)
@@ -113,9 +114,10 @@ class FieldSamples:
         # Each group of a mix has blocks of its own at work.
         self.fields.prepare(self._at_once * (len(self._groups) if self.plan.mix else 1))
         starts, sizes = self.fields.blocks()
-        borders = [self._kept.before(int(one)) for one in np.append(starts, len(self.fields))]
+        borders = np.append(starts, len(self.fields))
+        borders -= np.searchsorted(self._held_out, borders)  # as many are kept before as Without numbers
         sizes = np.diff(borders)
-        return np.array(borders[:-1])[sizes > 0], sizes[sizes > 0]
+        return borders[:-1][sizes > 0], sizes[sizes > 0]
 
     def _order_of(self, group: Group, blocks: tuple[np.ndarray, np.ndarray], seed: int) -> Order:
         """The order of a group's own blocks. A block never belongs to two groups."""

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pixcell.training.determinism import Order
+from pixcell.training.order import SampleOrder
 from pixcell.training.previews import Preview, picture_rows
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "OrderedSamples",
     "Preview",
     "Samples",
+    "order_of",
     "picture_rows",
     "spread_over",
 ]
@@ -75,6 +77,11 @@ class OrderedSamples(Samples, Protocol):
 
     def order(self, seed: int) -> Order:
         """Return the order of a run."""
+
+
+def order_of(samples: Samples, seed: int) -> Order:
+    """Return the order in which a run takes samples: their own, or each once an epoch, well shuffled."""
+    return samples.order(seed) if isinstance(samples, OrderedSamples) else SampleOrder(len(samples), seed)
 
 
 @runtime_checkable

@@ -17,9 +17,8 @@ from pixcell.training.determinism import BatchPlan
 from pixcell.training.engine import Engine
 from pixcell.training.flops import matmul_precision
 from pixcell.training.loading import MicroBatch, load_batches
-from pixcell.training.objectives import Objective, OrderedSamples
+from pixcell.training.objectives import Objective, order_of
 from pixcell.training.optimizers import OptimizerConfig, learning_rate, make_optimizer
-from pixcell.training.order import SampleOrder
 from pixcell.training.trainer_config import TrainerConfig
 
 __all__ = ["Probe", "Rehearsal", "StepTimes", "probe"]
@@ -118,9 +117,8 @@ class Rehearsal:
 
     def _loader(self) -> Iterator[MicroBatch]:
         samples, config = self.objective.samples, self.config
-        ordered = isinstance(samples, OrderedSamples)
         plan = BatchPlan(
-            samples.order(config.seed) if ordered else SampleOrder(len(samples), config.seed),
+            order_of(samples, config.seed),
             batch_size=config.batch_size,
             micro_batch_size=self.micro_batch_size,
             first_step=0,

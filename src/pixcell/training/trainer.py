@@ -28,9 +28,8 @@ from pixcell.training.figures import Figures, ModelFlops, note_of, sums_of
 from pixcell.training.flops import peak_of
 from pixcell.training.loading import MicroBatch, dead_loaders_are_errors, load_batches
 from pixcell.training.metrics import MetricsLog
-from pixcell.training.objectives import Losses, Objective, OrderedSamples
+from pixcell.training.objectives import Losses, Objective, order_of
 from pixcell.training.optimizers import OptimizerConfig, learning_rate, make_optimizer
-from pixcell.training.order import SampleOrder
 from pixcell.training.previews import save_preview
 from pixcell.training.run_state import RunState
 from pixcell.training.stop_rules import FiniteRule, SpikeRule, StopRequests
@@ -240,10 +239,7 @@ class Trainer:
                 f"{config.micro_batch_size or share} on {world} process(es)."
             )
         self._num_micro_batches = share // (config.micro_batch_size or share)
-        samples = self.objective.samples
-        if isinstance(samples, OrderedSamples):
-            return samples.order(config.seed)
-        return SampleOrder(count, config.seed)
+        return order_of(self.objective.samples, config.seed)
 
     def _steps(self) -> Iterator[Iterator[MicroBatch]]:
         """Yield, for each step left, where its micro-batches come from."""
