@@ -1,8 +1,8 @@
 """Write a store as a pack, shard by shard; see ``pack_format`` for the layout.
 
-Tiles are shuffled once, so that every shard is a sample of all slides, and dealt out evenly. The order is
-written down before the first shard. A shard then depends on the store and its number only: it may be made by
-any process, again after a crash, and has the same bytes each time.
+Tiles are shuffled once, so that every shard is a sample of all slides; every shard but the last has as many.
+The order is written down before the first shard. A shard then depends on the store and its number only: it
+may be made by any process, again after a crash, and has the same bytes each time.
 
     PACK/packing/request.json    what was asked for; there until the pack is complete
     PACK/packing/plan.arrow      one row per tile, in the order of the shards
@@ -240,13 +240,14 @@ class PackWriter:
             StoreMismatch: If a shard of a finished pack cannot be made as it was.
             OutputError: If the place is read-only or full.
         """
-        rows = self._plan().slice(number * self.tiles_per_shard, self.tiles_per_shard)
+        first = number * self.tiles_per_shard
+        count = min(self.tiles_per_shard, self.num_tiles - first)
         if self._is_done(number):
-            return len(rows)
+            return count
         # In the working folder, which goes when the pack is complete, with all that crashes left there.
         written = self._working / Path(shard_name(number)).name
         with write_whole(written) as temporary, temporary.open("wb") as file:
-            offsets, image_bytes = self._fill(file, number, rows.to_pylist())
+            offsets, image_bytes = self._fill(file, number, self._plan().slice(first, count).to_pylist())
         facts = {"num_bytes": written.stat().st_size, "sha256": sha256_of(written)}
         if self.finished is None:
             write_json(self._facts_path(number), {**facts, "offsets": offsets, "image_bytes": image_bytes})
@@ -259,7 +260,7 @@ class PackWriter:
         with writing_to(self.folder):
             (self.folder / "shards").mkdir(exist_ok=True)
             written.replace(self.folder / shard_name(number))
-        return len(rows)
+        return count
 
     def _fill(
         self, file: BinaryIO, number: int, rows: Sequence[Mapping[str, Any]]

@@ -14,6 +14,7 @@ from pixcell.data.packing import PackWriter
 from pixcell.data.store import TileStore
 from pixcell.errors import OutputError
 from pixcell.parallel import Done, default_workers, map_slides
+from pixcell.tasks.facts import size_text
 
 __all__ = ["PackResult", "pack_store"]
 
@@ -37,7 +38,7 @@ class PackResult:
             {
                 "tiles": f"{self.num_tiles:,}",
                 "shards": f"{self.num_shards:,}, {self.num_written:,} written now",
-                "size": f"{self.num_bytes / 1e9:,.2f} GB",
+                "size": size_text(self.num_bytes),
                 "columns": ", ".join(self.columns),
             },
         )
