@@ -33,6 +33,7 @@ WITHOUT_TORCH = FOUNDATIONS | {
     "cli",
     "tasks.pack",
     "tasks.tile",
+    "tasks.training_report",
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
 
