@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from rich.console import Group
+from diffusers.models.modeling_utils import ModelMixin
+from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
@@ -86,7 +87,7 @@ class Plan:
 
     def __rich__(self) -> Group:
         """Lay the plan out for a terminal."""
-        shown = [
+        shown: list[RenderableType] = [
             facts(f"Plan of {self.name}", self._run()),
             table("Parameters (trained)", ("part", "number"), _with_sum(self.parameters, _count)),
             *(table(f"Memory per device, {name}", ("part", "bytes"), _with_sum(parts, _size))
@@ -232,7 +233,7 @@ def _of_a_micro_batch(recipe: TrainRecipe, outline: Outline, micro: int) -> tupl
         flops = count_flops(model, lambda: outline.loss(model, 1))
         if recipe.trainer.gradient_checkpointing:
             for module in model.modules():
-                if hasattr(module, "enable_gradient_checkpointing"):
+                if isinstance(module, ModelMixin) and module._supports_gradient_checkpointing:
                     module.enable_gradient_checkpointing()
         autocast = _AUTOCAST[recipe.trainer.precision]
         return flops, activation_bytes(model, lambda: outline.loss(model, micro), autocast)

@@ -158,7 +158,7 @@ def peak_of(device: torch.device, precision: Precision, rounding: MatmulPrecisio
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        products = "tf32" if precision == "fp32" and rounding != "highest" else precision
+        products: str = "tf32" if precision == "fp32" and rounding != "highest" else precision
         published = published_peak(name, products)
         if published is not None:
             return Peak(published, name, products, is_measured=False)
