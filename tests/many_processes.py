@@ -22,7 +22,10 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 SCENARIOS = {
     "ddp": {},
     "micro": {"overrides": ["trainer.micro_batch_size=1"]},
-    "fsdp2": {"overrides": ["trainer.steps=4", "trainer.micro_batch_size=1"], "environment": FSDP2},
+    "fsdp2": {
+        "overrides": ["trainer.steps=4", "trainer.micro_batch_size=1", "trainer.gradient_checkpointing=true"],
+        "environment": FSDP2,
+    },
     "told": {"moment": (3, 1, signal.SIGTERM)},
     "alone": {"run": "chain", "moment": (3, 0, signal.SIGKILL)},
     "pair": {"run": "chain", "moment": (5, 1, signal.SIGKILL)},
