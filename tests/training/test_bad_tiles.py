@@ -1,13 +1,16 @@
 """A store with a damaged tile: named, or gone without, from the first look at it to the last checkpoint."""
 
 import pytest
+from typer.testing import CliRunner
 
+from pixcell.cli import app
+from pixcell.config import load_recipe, save_recipe
 from pixcell.data.store import TileStore
 from pixcell.errors import RecipeError, UnreadableTile
 from pixcell.models.codec import LatentCodec
 from pixcell.tasks.train import train
 from pixcell.training.dropped import read_dropped
-from pixcell.training.recipe import build_objective
+from pixcell.training.recipe import TrainRecipe, build_objective
 from training_fixtures import make_store
 
 
@@ -48,6 +51,17 @@ def test_a_run_goes_without_it(codec_recipe, damaged, tmp_path):
     assert result.num_dropped == len(dropped)
     assert len(dropped) in (5, 6)
     assert {(one.slide_id, one.tile, one.x) for one in dropped} == {("a", 1, 1)}
+
+
+def test_the_command_takes_the_choice_and_says_what_was_lost(codec_recipe, damaged, tmp_path):
+    save_recipe(codec_recipe(f"data.store={damaged.path}", "trainer.steps=4"), tmp_path / "recipe.yaml")
+    command = ["train", str(tmp_path / "recipe.yaml"), "--run", str(tmp_path / "run")]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, UnreadableTile)
+    done = CliRunner().invoke(app, [*command, "--on-bad-tile", "drop"])
+    assert done.exit_code == 0, done.exception
+    assert load_recipe(TrainRecipe, tmp_path / "run" / "recipe.yaml").trainer.on_bad_tile == "drop"
+    assert len(read_dropped(tmp_path / "run")) in (1, 2)
 
 
 def test_a_store_whose_held_out_fields_are_all_bad_is_refused(codec_recipe, damaged):

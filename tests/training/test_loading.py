@@ -229,7 +229,7 @@ def test_a_loader_that_dies_is_an_error_that_says_what_to_do():
         os.kill(int(next(loaded).samples["process"][0]), signal.SIGKILL)
         list(loaded)
 
-    message = r"a loader process died.*killed by signal.*Lower trainer\.workers \(now 1"
+    message = r"a loader process died: DataLoader worker.*Lower trainer\.workers \(now 1"
     with pytest.raises(RunError, match=message), dead_loaders_are_errors(1):
         train()
     # Another process that ends raises the error no more: the loader is gone, whoever keeps the error.

@@ -111,12 +111,12 @@ def dead_loaders_are_errors(workers: int) -> Iterator[None]:
         # torch has no type of its own for this. An error inside of a loader begins with "Caught".
         if not re.match(r"DataLoader worker \(pid", str(error)):
             raise
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).rstrip(".")
         # Frames keep the loader, and while it is there every process that ends raises the same error again,
         # wherever the program is then.
         traceback.clear_frames(error.__traceback__)
         raise RunError(
-            f"a loader process died: {said} Most often the machine ran out of memory, or of shared memory "
+            f"a loader process died: {said}. Most often the machine ran out of memory, or of shared memory "
             f"(/dev/shm). Lower trainer.workers (now {workers}; 0 needs no such processes) and run the same "
             "command again: it goes on from the last checkpoint."
         ) from error
