@@ -1,6 +1,9 @@
 """Alignment with stored embeddings: a helper of training that leaves no trace in what is used."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
+from pixcell.config import save_recipe
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.errors import MissingColumn, RecipeError, RunError, StoreMismatch
 from pixcell.models.codec import LatentCodec
@@ -20,6 +24,8 @@ from pixcell.training.recipe import build_objective
 from pixcell.training.run_state import weights_of
 from training_fixtures import make_store
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch` tells its processes, by recipes/accelerate/fsdp2.yaml."""
 ALIGNED = "objective.alignment={column: embeddings-fine, layer: 1}"
 
 
@@ -233,3 +239,29 @@ def test_a_run_cannot_go_on_with_other_embeddings(aligned, tmp_path):
 def test_what_cannot_be_aligned_is_refused(aligned, change, error, message):
     with pytest.raises(error, match=message):
         build_objective(aligned(f"objective.alignment.{change}"))
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_align_as_one_does(aligned, tmp_path, environment):
+    """Also after alignment has ended, when each process would wait for gradients of the projector."""
+    chosen = aligned("objective.alignment.until_step=2", "trainer.steps=4", "trainer.device=cpu")
+    save_recipe(chosen, tmp_path / "recipe.yaml")
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    ended = subprocess.run(
+        [*together, "pixcell", "train", "recipe.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    train(chosen, tmp_path / "one")
+    logs = [
+        [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+        for run in (tmp_path / "one", tmp_path / "runs" / "tiny")
+    ]
+    assert ["alignment" in line for line in logs[1]] == [True, True, False, False]
+    for one, other in zip(*logs, strict=True):
+        figures = {name: one[name] for name in ("loss", "mse", "alignment") if name in one}
+        assert {name: other[name] for name in figures} == pytest.approx(figures, rel=1e-4)  # another order
