@@ -157,6 +157,7 @@ def our_step(recipe: TrainRecipe, **changes: Any) -> Callable[[], float]:
 def variants_of(recipe: TrainRecipe, with_compile: bool) -> list[Variant]:
     bf16 = torch.bfloat16
     exact = {"precision": "fp32", "matmul_precision": "highest", "compile": False}
+    medium = {"matmul_precision": "medium"}
 
     def plain(**parts: Any) -> Callable[[], float]:
         return PlainLoop(recipe, build_objective(recipe), **parts).step
@@ -169,9 +170,11 @@ def variants_of(recipe: TrainRecipe, with_compile: bool) -> list[Variant]:
         Variant('plain loop, matmul precision "medium"', plain(), rounding="medium"),
         Variant("plain loop, bf16", plain(autocast=bf16)),
         Variant("ours, exact savings only", our_step(recipe, **exact)),
-        Variant("ours, matmul precision medium", our_step(recipe, **{**exact, "matmul_precision": "medium"})),
+        Variant('ours, matmul precision "medium"', our_step(recipe, **{**exact, **medium})),
+        Variant("ours, bf16", our_step(recipe, **{**exact, "precision": "bf16"})),
         Variant(
-            "ours, bf16", our_step(recipe, **{**exact, "precision": "bf16", "matmul_precision": "medium"})
+            'ours, bf16, matmul precision "medium"',
+            our_step(recipe, **{**exact, **medium, "precision": "bf16"}),
         ),
     ]
     if with_compile:
@@ -180,7 +183,7 @@ def variants_of(recipe: TrainRecipe, with_compile: bool) -> list[Variant]:
             Variant("ours, compiled", our_step(recipe, **{**exact, "compile": True})),
             Variant(
                 "ours, bf16, compiled",
-                our_step(recipe, precision="bf16", matmul_precision="medium", compile=True),
+                our_step(recipe, precision="bf16", matmul_precision="highest", compile=True),
             ),
         ]
     return variants
