@@ -118,7 +118,17 @@ def test_a_fault_that_stays_is_an_error_and_leaves_nothing_in_the_cache(source, 
     assert shards_in(source._config.place) == []
     assert not list(source._config.place.rglob("*.part"))
     server.faults.clear()
-    assert len(read_all(source)) == 32, "it can be gone on with"
+    again = ShardSource.open(server.url, source._config)
+    assert len(read_all(again)) == 32, "the next start goes on"
+
+
+def test_a_damaged_shard_is_fetched_twice_and_not_for_each_of_its_tiles(source, server):
+    source.index()
+    server.faults.extend(["flip"] * 100)
+    for _ in range(3):
+        with pytest.raises(CorruptShard, match="checksum was wrong twice"):
+            FieldDataset(source, size=128, latents="latents-tiny")[0]
+    assert server.fetched() == ["shards/000000.tar"] * 2
 
 
 def test_an_address_without_a_pack_says_so(server, config):

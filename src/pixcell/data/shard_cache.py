@@ -76,7 +76,9 @@ class RemoteFolder:
             try:
                 data: bytes = files.cat_file(f"{root}/{name}", start=start, end=end)
             except FileNotFoundError:
-                raise StoreError(f"there is no {self.url}/{name}. Correct the address.") from None
+                raise StoreError(
+                    f"there is no {self.url}/{name}. Correct the address, or copy the whole pack there."
+                ) from None
             except Exception as error:  # each kind of storage has errors of its own
                 if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
                     raise StoreError(

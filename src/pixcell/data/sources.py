@@ -1,5 +1,6 @@
 """Open whatever holds tiles: a store, a pack here or elsewhere, a folder in the published layout."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from pixcell.data.store import TileStore
 from pixcell.errors import StoreError, listed
 
 __all__ = ["open_source"]
+
+logger = logging.getLogger(__name__)
 
 
 def open_source(
@@ -37,7 +40,11 @@ def open_source(
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if "://" in text:
-        return ShardSource.open(text, cache)
+        cache = cache or CacheConfig()
+        source = ShardSource.open(text, cache)
+        size = cache.size.human_readable(decimal=True)
+        logger.info("shards of %s are kept in %s, up to %s", text, cache.place, size)
+        return source
     path = Path(text)
     if (path / "store.json").is_file():
         return TileStore.open(path)
