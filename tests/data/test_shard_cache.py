@@ -184,19 +184,33 @@ def test_a_cache_that_cannot_be_written_is_an_error_with_the_way_out(server, tmp
         source.index()
 
 
-def test_many_threads_and_loader_workers_fetch_each_shard_once(source, server):
+def test_loader_workers_fetch_each_shard_once(source, server):
     dataset = FieldDataset(source, size=64, latents="latents-tiny", embeddings="embeddings-tiny")
-    loader = DataLoader(dataset, batch_size=2, num_workers=2)
-    threads = [
-        threading.Thread(target=read_all, args=(pickle.loads(pickle.dumps(source)),)) for _ in range(3)
-    ]
+    assert len(list(DataLoader(dataset, batch_size=2, num_workers=2))) == 16
+    assert sorted(server.fetched()) == [f"shards/{n:06d}.tar" for n in range(3)]
+
+
+def test_many_threads_fetch_each_shard_once(source, server):
+    sources = [pickle.loads(pickle.dumps(source)) for _ in range(3)]
+    threads = [threading.Thread(target=read_all, args=(one,)) for one in sources]
     for thread in threads:
         thread.start()
-    batches = list(loader)
     for thread in threads:
         thread.join()
-    assert len(batches) == 16
     assert sorted(server.fetched()) == [f"shards/{n:06d}.tar" for n in range(3)]
+
+
+def test_a_lock_is_not_kept_by_a_process_that_was_forked_meanwhile(tmp_path):
+    with shard_cache._locked(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            os.read(os.pipe()[0], 1)  # lives until it is killed, with all descriptors
+    try:
+        with shard_cache._locked(tmp_path / "lock", wait=False) as mine:
+            assert mine
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
 
 
 def test_what_a_killed_process_left_half_fetched_is_removed_when_room_is_needed(source, server):

@@ -272,7 +272,11 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
         except OSError:  # a file system without locks
             yield wait
         else:
-            yield True
+            try:
+                yield True
+            finally:
+                # Said, not left to closing: a process that was forked meanwhile holds the descriptor, too.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
