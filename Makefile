@@ -10,7 +10,7 @@ DEMO   ?= demo
 SLIDES ?=
 
 BIN    := $(VENV)/bin
-EXTRAS := dev,dicom,docs,eval,ray
+EXTRAS := dev,dicom,docs,eval,ray,shards,wandb
 
 .PHONY: help demo test lint types tests docs clean
 
