@@ -1,5 +1,6 @@
 """A recipe is complete, typed, and refuses what it does not know."""
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,6 +80,10 @@ def test_a_mistake_is_named_with_the_way_out(recipe_file, override, message):
         ("- 1\n- 2\n", "keys and values"),
         ("rate: 1\nrate: 2\n", "stands twice"),
         ("rate: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("rate: 2026-13-01\n", "not valid YAML: month must be"),
+        ("rate: !!int many\n", "not valid YAML"),
+        ("rate: !!bool maybe\n", "not valid YAML"),
+        ("inner: &a\n  names: *a\n", "inner.names: Input should be a valid list"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
@@ -86,6 +91,45 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         load_recipe(Outer, path)
+
+
+def test_anchors_that_multiply_are_neither_unfolded_nor_shown(tmp_path):
+    path, names = tmp_path / "bomb.yaml", "abcdefghijklmnopqrst"
+    lines = [
+        f"{one}: &{one} {{{', '.join(f'k{i}: *{of}' for i in range(9))}}}"
+        for of, one in itertools.pairwise(names)
+    ]
+    path.write_text("\n".join(["a: &a {x: 1}", *lines, "inner: {names: [*t]}"]))
+    with pytest.raises(RecipeError, match=r"inner\.names\.0") as caught:
+        load_recipe(Outer, path)
+    assert len(str(caught.value)) < 5000
+
+
+def test_an_override_moves_one_section_though_an_anchor_put_it_in_two_places(tmp_path):
+    class Twice(Config):
+        first: Inner
+        second: Inner
+
+    path = tmp_path / "anchor.yaml"
+    path.write_text("first: &a {tile_size: 8}\nsecond: *a\n")
+    recipe = load_recipe(Twice, path, ["first.tile_size=4"])
+    assert (recipe.first.tile_size, recipe.second.tile_size) == (4, 8)
+
+
+def test_a_section_may_be_merged_into_another(tmp_path):
+    class Twice(Config):
+        first: Inner
+        second: Inner
+
+    path = tmp_path / "merge.yaml"
+    path.write_text("first: &a {tile_size: 8, names: [x]}\nsecond: {<<: *a, tile_size: 4}\n")
+    assert load_recipe(Twice, path).second == Inner(tile_size=4, names=["x"])
+
+
+@pytest.mark.parametrize("value", ["2026-13-01", "!!int many", "!!bool maybe", "9" * 5000])
+def test_a_value_that_yaml_cannot_make_is_a_mistake_of_the_override(value):
+    with pytest.raises(RecipeError, match="the value is not valid YAML"):
+        parse_recipe(Outer, {}, [f"rate={value}"])
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones():

@@ -6,6 +6,7 @@ saved beside the result, so that reading it tells the whole run.
 """
 
 import difflib
+import reprlib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,11 +35,20 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
+# PyYAML passes on what Python says of a date such as 2026-13-01, of !!bool maybe, of a thousand brackets.
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+# Anchors make a list of gigabytes out of a file of a few lines; nobody needs to see it.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 300, 300
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML takes the last of two equal keys without a word; a recipe must not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # "<<: *other"
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
@@ -93,7 +103,7 @@ def load_recipe(kind: type[ConfigT], name: str | Path, overrides: Sequence[str] 
     try:
         # A subclass of SafeLoader: no Python objects can be built from the file.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if content is not None and not isinstance(content, dict):
         raise RecipeError(f"{path} must hold keys and values, not {type(content).__name__}.")
@@ -104,7 +114,7 @@ def parse_recipe(
     kind: type[ConfigT], content: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe"
 ) -> ConfigT:
     """Validate a recipe given as nested mappings; see :func:`load_recipe`."""
-    merged = _copied(content)
+    merged = dict(content)
     for override in overrides:
         _apply(merged, override)
     try:
@@ -118,12 +128,6 @@ def save_recipe(recipe: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return list(value) if isinstance(value, list) else value
-
-
 def _apply(content: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
@@ -131,17 +135,17 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r} is not of the form section.key=value.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from error
     if isinstance(value, str):
         value = _number(value)
     for part in parts[:-1]:
-        inner = content.setdefault(part, {})
-        if inner is None:
-            inner = content[part] = {}
-        if not isinstance(inner, dict):
+        inner = content.get(part)
+        if inner is not None and not isinstance(inner, Mapping):
             raise RecipeError(f"--set {override!r}: {part!r} is a single value, not a section.")
-        content = inner
+        # A copy: an anchor of YAML may have put the same section elsewhere, too.
+        copy = content[part] = dict(inner or {})
+        content = copy
     content[parts[-1]] = value
 
 
@@ -175,7 +179,7 @@ def _explain(error: ValidationError, kind: type[Config], source: str) -> str:
                 lines.append(f"{place}: no name {given!r}; it is one of {choices}.{_nearest(given, names)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
+            given = "" if isinstance(problem["input"], dict) else f", not {_SHORT.repr(problem['input'])}"
             lines.append(f"{place or 'recipe'}: {message}{given}.")
     return f"{source}: " + " ".join(lines)
 

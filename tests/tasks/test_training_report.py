@@ -200,6 +200,18 @@ def test_a_start_is_noted_before_it_ends(tmp_path):
     assert "torch" in noted
 
 
+@pytest.mark.parametrize("text", ["", "[{", "\x00"])
+def test_a_damaged_list_of_starts_is_an_error_with_a_way_out(tmp_path, text):
+    path = tmp_path / "environment.json"
+    path.write_text(text)
+    with (
+        pytest.raises(RunError, match=r"environment\.json is damaged .* or delete it"),
+        noting_start(path, {}),
+    ):
+        pass
+    assert path.read_text() == text
+
+
 def test_a_held_out_error_that_rises_again_is_noted(run):
     for step, value in ((50, 0.65), (60, 0.7), (70, 0.8)):
         with (run / "metrics.jsonl").open("a") as file:

@@ -27,6 +27,16 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
+@pytest.mark.parametrize(
+    "damage", [b"\x00\x00\x00", b'{"step": 2, "lo', b"\xff\xfe", b"null", b"2", b'{"loss": 1}']
+)
+def test_a_damaged_line_takes_no_other_with_it(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    MetricsLog(tmp_path, 3, tensorboard=False).close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
+
+
 def test_every_line_is_json_even_when_a_figure_is_not_finite(tmp_path):
     with MetricsLog(tmp_path, 0, tensorboard=False) as log:
         log.write(1, {"loss": float("nan")})
@@ -111,3 +121,10 @@ def test_weights_and_biases_that_is_not_installed_is_told_before_the_work(monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'pixcell\[wandb\]'"):
         check_wandb()
+
+
+def test_a_damaged_id_of_a_board_is_an_error_with_a_way_out(tmp_path):
+    pytest.importorskip("wandb")
+    (tmp_path / "wandb.json").write_text("{")
+    with pytest.raises(RunError, match=r"wandb\.json is damaged .* or delete it"):
+        MetricsLog(tmp_path, 0, tensorboard=False, wandb=WandbConfig(project="p", mode="offline"))

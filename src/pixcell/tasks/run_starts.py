@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pixcell.errors import OutputError, PixCellError
+from pixcell.errors import OutputError, PixCellError, RunError
 from pixcell.files import write_json
 from pixcell.provenance import environment, now
 
@@ -28,9 +28,10 @@ def noting_start(path: Path, facts: Mapping[str, Any]) -> Iterator[dict[str, Any
         What is noted at the end, to be filled: ``step`` and ``ended_by``. An error fills ``error`` by itself.
 
     Raises:
-        OutputError: If the file cannot be written.
+        RunError: If the file is damaged.
+        OutputError: If it cannot be written.
     """
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    before = _starts(path)
     start = {"started": now(), **facts, **environment()}
     write_json(path, [*before, start])
     end: dict[str, Any] = {}
@@ -44,3 +45,16 @@ def noting_start(path: Path, facts: Mapping[str, Any]) -> Iterator[dict[str, Any
             write_json(path, [*before, {**start, **failed}])
         raise
     write_json(path, [*before, {**start, "ended": now(), **end}])
+
+
+def _starts(path: Path) -> list[Any]:
+    if not path.is_file():
+        return []
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(
+            f"{path} is damaged ({error}): it lists the starts of the run. Put it back, or delete it to go "
+            "on without the list."
+        ) from error
+    return starts if isinstance(starts, list) else [starts]

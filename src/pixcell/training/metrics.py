@@ -104,14 +104,18 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl``. A last line cut short by a crash is left out."""
+    """Return the lines of a ``metrics.jsonl``.
+
+    Lines that are none are left out, and no other is: one cut short by a crash, or what a disk made of some.
+    """
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        lines.append(line)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
@@ -162,7 +166,13 @@ class _Wandb:
 
         place, recipe = run / "wandb.json", run / "recipe.yaml"
         where = {"project": config.project, "entity": config.entity}
-        known = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        try:
+            known = dict(json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise RunError(
+                f"{place} is damaged ({error}): it held the id of this run at Weights & Biases. Put it back, "
+                "or delete it to go on there as a new one."
+            ) from error
         if {key: known.get(key) for key in where} != where:
             known = {"id": uuid.uuid4().hex[:8], **where}
             write_json(place, known)
