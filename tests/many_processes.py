@@ -19,6 +19,8 @@ from pixcell.training.recipe import TrainRecipe
 RANK = int(os.environ.get("RANK", "0"))
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` tells its processes, by recipes/accelerate/fsdp2.yaml."""
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+"""The same, by recipes/accelerate/deepspeed.yaml; on a CPU wherever the tests run."""
 SCENARIOS = {
     "ddp": {},
     "micro": {"overrides": ["trainer.micro_batch_size=1"]},
@@ -29,6 +31,19 @@ SCENARIOS = {
     "told": {"moment": (3, 1, signal.SIGTERM)},
     "alone": {"run": "chain", "moment": (3, 0, signal.SIGKILL)},
     "pair": {"run": "chain", "moment": (5, 1, signal.SIGKILL)},
+    "zero1": {
+        "overrides": ["trainer.micro_batch_size=1"],
+        "environment": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    },
+    "zero2": {
+        "overrides": ["trainer.steps=4", "trainer.micro_batch_size=1", "trainer.gradient_checkpointing=true"],
+        "environment": ZERO,
+    },
+    "zero-killed": {"run": "zero-chain", "environment": ZERO, "moment": (5, 1, signal.SIGKILL)},
+    "zero-rest": {
+        "run": "zero-chain",
+        "environment": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    },
 }
 """``moment``: the signal that a process sends itself in a step: (step, process, signal); the first is 1."""
 

@@ -137,12 +137,6 @@ def test_settings_of_a_launcher_that_cannot_be_kept_are_refused(monkeypatch, var
         engine_for()
 
 
-def test_deepspeed_is_refused_with_the_way_to_the_same_end(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(RecipeError, match=r"DeepSpeed is not supported.*fsdp2\.yaml"):
-        engine_for()
-
-
 def test_what_a_launcher_says_of_the_step_is_not_used(monkeypatch):
     """A config with accumulation of 4 would divide the loss by 4 once more."""
     gradients = []

@@ -3,6 +3,7 @@
 Real processes under torchrun, exchanging by gloo; one launch for all tests, since starting takes longest.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -46,6 +47,20 @@ def launched(recipe, tmp_path_factory):
     return {"folder": folder, "pair": pair}
 
 
+@pytest.fixture(scope="module")
+def deepspeed(launched):
+    """A run that one process began, ZeRO 2 went on with and was killed, ZeRO 1 ended; and two more."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install 'pixcell[deepspeed]'")
+    folder = launched["folder"]
+    train(load_recipe(TrainRecipe, folder / "recipe.yaml", ["trainer.steps=2"]), folder / "zero-chain")
+    killed = start([*TORCHRUN, str(SCRIPT), str(folder), "zero1", "zero2", "zero-killed"])
+    assert Checkpoint.find(folder / "zero-chain").step == 4, killed.stderr
+    rest = start([*TORCHRUN, str(SCRIPT), str(folder), "zero-rest"])
+    assert rest.returncode == 0, rest.stderr
+    return {"folder": folder, "killed": killed, "rest": rest}
+
+
 def weights(run, step=None):
     place = run if step is None else run / "checkpoints" / f"step-{step:08d}"
     state = Checkpoint.find(place).state
@@ -61,6 +76,21 @@ def assert_same_within_rounding(found, expected):
     for name, value in expected.items():
         # Sums in another order, over six steps of Adam: a thousandth of what a weight moved (lr 1e-3 a step).
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=5e-6)
+
+
+def assert_saved_as_by_one_process(place, expected):
+    """The optimiser's state of two checkpoints: whole, plain tensors, the same within rounding."""
+    found, expected = (
+        torch.load(Checkpoint.find(path).state / "optimizer.pt", weights_only=True)["optimizer"]
+        for path in (place, expected)
+    )
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["state"].keys() == expected["state"].keys()
+    for place, moments in expected["state"].items():
+        assert found["state"][place].keys() == moments.keys()
+        for name, moment in moments.items():
+            assert type(found["state"][place][name]) is torch.Tensor
+            torch.testing.assert_close(found["state"][place][name], moment, rtol=1e-3, atol=1e-7)
 
 
 def figure(run, name="loss"):
@@ -92,17 +122,7 @@ def test_sharded_weights_are_those_of_one_process_and_saved_in_its_layout(launch
     expected = {step: loss for step, loss in figure(folder / "whole").items() if step <= 4}
     assert figure(folder / "fsdp2") == pytest.approx(expected, rel=1e-5)
     assert_same_within_rounding(weights(folder / "fsdp2"), weights(folder / "whole", 4))
-    sharded, whole = folder / "fsdp2", folder / "whole" / "checkpoints" / "step-00000004"
-    found, expected = (
-        torch.load(Checkpoint.find(place).state / "optimizer.pt", weights_only=True)["optimizer"]
-        for place in (sharded, whole)
-    )
-    assert found["param_groups"] == expected["param_groups"]
-    assert found["state"].keys() == expected["state"].keys()
-    for place, moments in expected["state"].items():
-        for name, moment in moments.items():
-            assert type(found["state"][place][name]) is torch.Tensor
-            torch.testing.assert_close(found["state"][place][name], moment, rtol=1e-3, atol=1e-7)
+    assert_saved_as_by_one_process(folder / "fsdp2", folder / "whole" / "checkpoints" / "step-00000004")
 
 
 def test_a_model_is_previewed_and_exported_whole_while_it_is_sharded(launched):
@@ -151,3 +171,34 @@ def test_killed_and_gone_on_with_by_one_then_two_then_one_process(launched):
     assert {step: pair[step] for step in (3, 4)} == {step: expected[step] for step in (3, 4)}
     assert samples_by_step(folder, "rest", 1) == {step: expected[step] for step in (5, 6)}
     assert_same_within_rounding(weights(folder / "chain"), weights(folder / "whole"))
+
+
+@pytest.mark.parametrize(("stage", "step"), [(1, 6), (2, 4)])
+def test_deepspeed_has_the_losses_and_weights_of_one_process_and_saves_in_its_layout(deepspeed, stage, step):
+    folder = deepspeed["folder"]
+    assert f"2 processes (DeepSpeed ZeRO {stage} over gloo)" in deepspeed["killed"].stderr
+    whole = folder / "whole" / "checkpoints" / f"step-{step:08d}"
+    for name in ("loss", "gradient_norm"):
+        expected = {place: value for place, value in figure(folder / "whole", name).items() if place <= step}
+        assert figure(folder / f"zero{stage}", name) == pytest.approx(expected, rel=1e-5)
+    assert_same_within_rounding(weights(folder / f"zero{stage}"), weights(whole))
+    assert_saved_as_by_one_process(folder / f"zero{stage}", whole)
+    assert PixCellPipeline.from_pretrained(Checkpoint.find(folder / f"zero{stage}").pipeline)
+
+
+def test_a_run_goes_from_one_process_to_deepspeed_is_killed_and_goes_on(deepspeed):
+    """One process to step 2; two under ZeRO 2, killed in step 5; gone on from 4 by two under ZeRO 1."""
+    folder = deepspeed["folder"]
+    assert "zero-killed.0: process 0 lost the others" in deepspeed["killed"].stdout
+    pair, alone = samples_by_step(folder, "zero-rest", 2), samples_by_step(folder, "zero1", 2)
+    assert {step: sorted(keys) for step, keys in pair.items()} == {
+        step: sorted(alone[step]) for step in (5, 6)
+    }
+    assert_same_within_rounding(weights(folder / "zero-chain"), weights(folder / "whole"))
+
+
+def test_a_run_under_deepspeed_goes_on_in_one_process(deepspeed):
+    folder = deepspeed["folder"]
+    result = train(load_recipe(TrainRecipe, folder / "recipe.yaml"), folder / "zero2")
+    assert result.step == 6
+    assert_same_within_rounding(weights(folder / "zero2"), weights(folder / "whole"))

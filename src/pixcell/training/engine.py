@@ -7,6 +7,7 @@ another number of processes, or under another engine.
     one process    python -m pixcell train RECIPE
     DDP            torchrun --nproc-per-node 4 -m pixcell train RECIPE
     FSDP2          accelerate launch --config_file fsdp2.yaml -m pixcell train RECIPE
+    DeepSpeed      accelerate launch --config_file deepspeed.yaml -m pixcell train RECIPE
 
 The recipe decides what is computed (precision, micro-batches, compiling, clipping); what an accelerate config
 says of these is not used. That config decides how the work is spread.
@@ -47,6 +48,7 @@ from pixcell.training.sharding import (
     whole,
 )
 from pixcell.training.trainer_config import TrainerConfig
+from pixcell.training.zero import ZeroEngine, hidden_from_accelerate, zero_settings
 
 __all__ = ["Engine"]
 
@@ -75,6 +77,9 @@ class Engine:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         config: TrainerConfig,
     ) -> None:
+        settings = zero_settings()
+        if settings is not None and config.precision == "fp16":
+            raise RecipeError("trainer.precision fp16 is not possible under DeepSpeed: choose bf16 or fp32.")
         self.accelerator = _accelerator(config)
         self.trainable = objective.trainable
         if config.gradient_checkpointing:
@@ -87,8 +92,16 @@ class Engine:
             _compile(losses)
         self._plain = Unsharded(self.trainable)
         optimizer = make_optimizer(self.trainable)
-        self._must_suit(optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(losses, optimizer)
+        self._zero: ZeroEngine | None = None
+        if settings is not None:
+            _must_be_adamw(optimizer, "DeepSpeed")
+        if settings is not None and self.num_processes > 1:
+            self._zero = ZeroEngine(losses, optimizer, settings, self.device, self.num_processes)
+            self.model, self.optimizer = self._zero.model, self._zero.optimizer
+        else:
+            if self.accelerator.distributed_type == DistributedType.FSDP:
+                _must_be_adamw(optimizer, "FSDP2")
+            self.model, self.optimizer = self.accelerator.prepare(losses, optimizer)
         self.is_sharded = is_sharded(self.trainable)
 
     @property
@@ -124,6 +137,8 @@ class Engine:
         if self.num_processes == 1:
             return f"1 process on {self.device.type}"
         engine = "FSDP2" if self.is_sharded else "DDP"
+        if self._zero:
+            engine = f"DeepSpeed ZeRO {self._zero.stage}"
         backend = self.accelerator.state.backend
         return f"{self.num_processes} processes ({engine} over {backend}) on {self.device.type}"
 
@@ -141,13 +156,17 @@ class Engine:
             is_last: Whether the step's gradients are complete with it. Only then do processes exchange them,
                 unless each keeps a part only: then whole ones would take the memory that was to be saved.
         """
-        wait = not is_last and not self.is_sharded
+        wait = not is_last and not self.is_sharded and self._zero is None
         with self._peers(), self.accelerator.no_sync(self.model) if wait else contextlib.nullcontext():
             found = self.model(send_to_device(batch, self.device))
             per_sample = found["per_sample"]
             if counts is not None:
                 per_sample = torch.where(counts.to(self.device), per_sample, 0.0)
-            self.accelerator.backward(per_sample.sum() * share)
+            loss = per_sample.sum() * share
+            if self._zero:
+                self._zero.backward(loss, is_last)
+            else:
+                self.accelerator.backward(loss)
         rows = slice(None) if counts is None else counts.to(self.device)
         times = found["times"]
         return Losses(
@@ -163,6 +182,9 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self._zero:
+            with self._peers():
+                return self._zero.step(clip_norm)
         with self._peers():
             length = self.accelerator.clip_grad_norm_(self.model.parameters(), clip_norm or math.inf)
             norm = float(whole(length))
@@ -248,9 +270,14 @@ class Engine:
                 for name, value in weights.items()
             }
         fit_weights(self.trainable, weights, source)
+        if self._zero:
+            self._zero.refresh()
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the state of optimiser and loss scale. Every process calls it."""
+        if self._zero:
+            with self._peers():
+                return {"optimizer": self._zero.state(keep=self.is_main), "scaler": None}
         state, scaler = self.optimizer.state_dict(), self.accelerator.scaler
         if self.is_sharded:
             state = {**state, "state": {place: self.whole(kept) for place, kept in state["state"].items()}}
@@ -259,6 +286,8 @@ class Engine:
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`optimizer_state` returned. Every process calls it."""
         kept = state["optimizer"]
+        if self._zero:
+            return self._zero.load_state(kept)
         if self.is_sharded:
             weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             spread = {
@@ -303,16 +332,6 @@ class Engine:
             for name, weight in own.items():
                 weight.data = kept[name]
 
-    def _must_suit(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse optimisers that look at whole tensors where no process has one."""
-        if self.accelerator.distributed_type == DistributedType.FSDP and not isinstance(
-            optimizer, torch.optim.AdamW
-        ):
-            raise RecipeError(
-                f"the optimizer {type(optimizer).__name__} looks at whole tensors, which no process has "
-                "under FSDP2: choose optimizer.name=adamw, or train under DDP."
-            )
-
 
 class _LossOf(nn.Module):
     """The losses as a module's forward: the form in which launchers wrap a model."""
@@ -330,29 +349,36 @@ class _LossOf(nn.Module):
         return {"per_sample": losses.per_sample, "parts": dict(losses.parts), "times": losses.times}
 
 
+def _must_be_adamw(optimizer: torch.optim.Optimizer, engine: str) -> None:
+    """Refuse optimisers that look at whole tensors where no process has one."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise RecipeError(
+            f"the optimizer {type(optimizer).__name__} looks at whole tensors, which no process has "
+            f"under {engine}: choose optimizer.name=adamw, or train under DDP."
+        )
+
+
 def _accelerator(config: TrainerConfig) -> Accelerator:
     # The state is shared by all Accelerators of a process and refuses another precision; one program may
     # train an autoencoder in bf16 and then a denoiser in fp32.
     AcceleratorState._reset_state()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise RecipeError(
-            "DeepSpeed is not supported: its state could not be gone on with under another engine. FSDP2 "
-            "spreads the same things over processes: use recipes/accelerate/fsdp2.yaml as accelerate config."
-        )
     plugin = fsdp_plugin()
     try:
-        accelerator = Accelerator(
-            # On a machine without GPUs processes find each other only if they are told that it has none.
-            cpu=config.device == "cpu" or not torch.accelerator.is_available(),
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
-            dynamo_backend="no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            fsdp_plugin=plugin,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=_PATIENCE),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
-            ],
-        )
+        with hidden_from_accelerate():
+            accelerator = Accelerator(
+                # On a machine without GPUs processes find each other only if they are told that it has none.
+                cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+                mixed_precision="no" if config.precision == "fp32" else config.precision,
+                dynamo_backend="no",
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                fsdp_plugin=plugin,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=_PATIENCE),
+                    DistributedDataParallelKwargs(
+                        gradient_as_bucket_view=True
+                    ),  # no second copy of gradients
+                ],
+            )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise RecipeError(f"this machine, launcher or precision does not go: {error}") from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
