@@ -31,6 +31,20 @@ def test_a_note_has_a_line_of_its_own_and_is_not_cut_off_by_the_bar(screen):
     assert note in file.getvalue()
 
 
+def test_a_note_of_two_lines_is_one_where_nobody_watches(screen, monkeypatch):
+    clock = iter([0.0, 40.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock, 41.0))
+    file = screen(is_terminal=False)
+    with progress("train nano", 1600) as advance:
+        advance(20, note="loss 0.9427\nloss from clean to noise: 2 1")
+    assert "(loss 0.9427, loss from clean to noise: 2 1)" in file.getvalue().replace("\n", "")
+    file = screen(is_terminal=True)
+    with progress("train nano", 1600) as advance:
+        advance(20, note="loss 0.9427\nloss from clean to noise: 2 1")
+    lines = [line for line in file.getvalue().splitlines() if "clean to noise: 2 1" in line]
+    assert lines and not any("0.9427" in line for line in lines)
+
+
 def test_a_bar_that_goes_on_begins_where_the_task_stands(screen):
     file = screen(is_terminal=True)
     with progress("train nano", 1600, done=1200) as advance:

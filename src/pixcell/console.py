@@ -53,7 +53,7 @@ class Advance(Protocol):
     """Moves a progress bar."""
 
     def __call__(self, amount: float = 1, *, note: str | None = None, total: float | None = None) -> None:
-        """Advance by ``amount``; optionally show a note, or set a total that was not known before."""
+        """Advance by ``amount``; optionally show a note (a few lines), or set a total now known."""
 
 
 class _NotedProgress(Progress):
@@ -62,8 +62,8 @@ class _NotedProgress(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:
             yield self.make_tasks_table([task])
-            if note := task.fields["note"]:
-                yield Text(note, style="dim", overflow="ellipsis", no_wrap=True)
+            for line in task.fields["note"].splitlines():
+                yield Text(line, style="dim", overflow="ellipsis", no_wrap=True)
 
 
 class _RateColumn(ProgressColumn):
@@ -122,7 +122,9 @@ def _logged_progress(label: str, total: float | None, before: float) -> Iterator
         rate = (done - before) / elapsed if elapsed > 0 else 0.0
         left = f", {duration_text((end - done) / rate)} left" if end and rate and done < end else ""
         of = f"/{end:g}" if end else ""
-        return f"{label}: {done:g}{of}, {rate:.1f}/s{left}" + (f" ({note})" if note else "")
+        return f"{label}: {done:g}{of}, {rate:.1f}/s{left}" + (
+            f" ({', '.join(note.splitlines())})" if note else ""
+        )
 
     def advance(amount: float = 1, *, note: str | None = None, total: float | None = None) -> None:
         nonlocal done, last, end

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -29,17 +30,24 @@ TEST = {"split": ["test"]}
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory, codec_folder) -> TileStore:
     """Two slides of eight 128-px tiles, one of them held out; encoded as 64-px fields."""
-    made = TileStore.create(tmp_path_factory.mktemp("tissue") / "store", {"tile_size": 128, "mpp": 0.5})
-    rng = np.random.default_rng(0)
+    made = two_slides(tmp_path_factory.mktemp("tissue") / "store", seed=0)
+    encode_store(made.path, codec=str(codec_folder), encoder="stain-texture", field_size=64)
+    return made
+
+
+def two_slides(path, seed) -> TileStore:
+    made = TileStore.create(path, {"tile_size": 128, "mpp": 0.5})
+    rng = np.random.default_rng(seed)
     for slide_id, split in (("a", "train"), ("b", "test")):
         tiles = []
         for x in range(8):
             file = io.BytesIO()
             pattern = Image.fromarray(rng.integers(60, 255, (12, 12, 3), dtype=np.uint8))
             pattern.resize((128, 128), Image.Resampling.BICUBIC).save(file, "JPEG")
-            tiles.append((_Tile(slide_id, x * 128, 0, size=128, attributes={"split": split}), file.getvalue()))
+            tiles.append(
+                (_Tile(slide_id, x * 128, 0, size=128, attributes={"split": split}), file.getvalue())
+            )
         made.write_images(slide_id, tiles, {"source": f"{slide_id}.svs"})
-    encode_store(made.path, codec=str(codec_folder), encoder="stain-texture", field_size=64)
     return made
 
 
@@ -98,6 +106,37 @@ def test_a_report_that_was_cut_short_is_made_anew(tissue, run, tmp_path):
     (tmp_path / "step-00000004.json").unlink()  # killed before it was written
     again = follow(tissue.path, run, out=tmp_path, **FEW)
     assert replace(again.reports[4], created="") == replace(whole.reports[4], created="")
+
+
+def test_a_measurement_cut_short_leaves_none_of_another_one_behind(tissue, run, tmp_path, monkeypatch):
+    whole = follow(tissue.path, run, out=tmp_path, **FEW)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pixcell.tasks.follow.evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            follow(tissue.path, run, out=tmp_path, **{**FEW, "seed": 1})
+    (tmp_path / "step-00000002.json").write_text((tmp_path / "step-00000004.json").read_text())
+    again = follow(tissue.path, run, out=tmp_path, **FEW)
+    assert replace(again.reports[2], created="") == replace(whole.reports[2], created="")
+
+
+def test_a_store_that_was_tiled_anew_is_measured_anew(run, tmp_path):
+    two_slides(tmp_path / "store", seed=0)
+    before = follow(tmp_path / "store", run, out=tmp_path / "out", **FEW)
+    shutil.rmtree(tmp_path / "store")
+    two_slides(tmp_path / "store", seed=1)
+    after = follow(tmp_path / "store", run, out=tmp_path / "out", **FEW)
+    fresh = follow(tmp_path / "store", run, out=tmp_path / "fresh", **FEW)
+    assert after.reports[4].measures == fresh.reports[4].measures != before.reports[4].measures
+    assert np.array_equal(np.asarray(Image.open(after.sheet)), np.asarray(Image.open(fresh.sheet)))
+
+
+def test_the_sheet_shows_the_references_that_had_their_turn(tissue, run, tmp_path):
+    course = follow(tissue.path, run, out=tmp_path, **{**FEW, "count": 2})
+    assert Image.open(course.sheet).width == 2 * (64 + 4) + 4
 
 
 def test_the_command_takes_a_run_for_the_pictures(tissue, run, tmp_path):

@@ -55,10 +55,14 @@ def test_a_plan_of_one_process_is_what_the_run_becomes(recipe, tmp_path, monkeyp
     assert 0 < sum(path.stat().st_size for path in files) - planned.checkpoint_bytes < 120_000
 
 
-def test_flops_of_a_plan_are_those_of_the_objective(recipe):
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("recipe", []), ("codec_recipe", []), ("codec_recipe", ["objective.scale_consistency=1"])],
+)
+def test_flops_of_a_plan_are_those_of_the_objective(kind, changes, request):
     from pixcell.training.determinism import rng_for
 
-    chosen = recipe()
+    chosen = request.getfixturevalue(kind)(*changes)
     objective = build_objective(chosen)
     (sample,) = objective.samples.draw([0], [rng_for(0)])
     batch = {**torch.utils.data.default_collate([dict(sample)]), "step": 0}

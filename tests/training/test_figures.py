@@ -106,3 +106,9 @@ def test_a_line_has_the_share_of_the_peak_and_begins_anew():
         assert line["flop_use"] == pytest.approx(2e9 * 2 / (1e10 * 2))
     assert line["memory_gib"] > 0.01
     assert note_of({**line, "lr": 0.1}).startswith("loss 1.0000, gradient 1, lr 0.1, 2.0 images/s, MFU 20%")
+
+
+def test_the_note_of_a_line_tells_the_losses_from_clean_to_noise():
+    line = {"loss": 1.0, "lr": 0.1, "samples_per_s": 2.0, "loss_by_time/0.875-1.000": 0.25}
+    line |= {"loss_by_time/0.000-0.125": 1.5}
+    assert note_of(line).endswith("images/s\nloss from clean to noise: 1.5 - - - - - - 0.25")

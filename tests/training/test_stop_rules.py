@@ -39,8 +39,12 @@ def test_a_gradient_may_overflow_under_a_loss_scale_but_not_for_ever():
     rule.check_gradient(1.0, 101, batch, "")
     for step in range(102, 202):
         rule.check_gradient(math.inf, step, batch, "")
-    with pytest.raises(RunError, match="each of the 101 steps"):
+    with pytest.raises(RunError, match="each of the 100 steps before"):
         rule.check_gradient(math.inf, 202, batch, "")
+    with pytest.raises(
+        RunError, match="loss became nan at step 203 of run, on"
+    ):  # of steps before it no word
+        rule.check_loss(math.nan, 203, batch, "")
 
 
 SPIKE = SpikeConfig(factor=3, window=4, patience=2)

@@ -10,6 +10,7 @@ Every checkpoint gets the same references, noise and settings, so what changes f
 model. Checkpoints that were measured before, with the same settings, are not measured again.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pixcell.errors import EvaluationError, RunError
 from pixcell.evaluation.features import Extractor
 from pixcell.evaluation.plots import draw_course
 from pixcell.evaluation.report import Report
-from pixcell.files import write_json, write_whole, writing_to
+from pixcell.files import sha256_of, write_json, write_whole, writing_to
 from pixcell.provenance import save_synthetic_png
 from pixcell.tasks.evaluate import evaluate
 from pixcell.tasks.sample import sample
@@ -145,10 +146,13 @@ def follow(
             f"{store} has {len(fields)} such field(s) of {size} px, too few to imitate {num_references} of "
             "them (at most every second one): lower num_references, or choose more tiles."
         )
-    references = _write_references(fields, chosen, out / "references")
+    references = out / "references"
+    digest = _write_references(fields, chosen, references)
     settings = {
         "count": count, "num_references": num_references, "steps": steps, "guidance_scale": guidance_scale,
-        "seed": seed, "where": where, "store": str(store.resolve()), "extractor": _name(extractor),
+        "seed": seed, "where": where, "store": str(store.resolve()), "fields": len(fields),
+        "references": digest, "extractor": _name(extractor),
+        "extractor_weights": _digest_of(extractor_weights), "encoder_weights": _digest_of(encoder_weights),
         "kernel_subset_size": kernel_subset_size, "kernel_subsets": kernel_subsets,
     }  # fmt: skip
     reports: dict[int, Report] = {}
@@ -159,6 +163,9 @@ def follow(
             console.print(
                 f"step {checkpoint.step} ({place + 1} of {len(checkpoints)} checkpoints)", markup=False
             )
+            # Of an earlier measurement, which is overwritten from here on: if this one is cut short, what
+            # then lies here belongs to neither.
+            _settings_of(path).unlink(missing_ok=True)
             pictures = out / checkpoint.path.name
             sample(
                 checkpoint.path, pictures, like=[references], count=count, seed=seed, steps=steps,
@@ -175,7 +182,7 @@ def follow(
     course = Course(run, reports, out / "course.png", out / "sheet.png")
     with write_whole(course.plot) as temporary:
         temporary.write_bytes(draw_course(reports))
-    _write_sheet(course, references, checkpoints, out)
+    _write_sheet(course, references, count, out)
     return course
 
 
@@ -196,20 +203,25 @@ def _size_of(checkpoint: Checkpoint) -> tuple[int, float | None]:
     return pipeline.sample_size, pipeline.facts.get("mpp")
 
 
-def _write_references(fields: FieldDataset, chosen: Sequence[int], folder: Path) -> Path:
-    """Save the fields as PNG, under names that tell where they are from; remove those of other choices."""
+def _write_references(fields: FieldDataset, chosen: Sequence[int], folder: Path) -> str:
+    """Save the fields as PNG, under names that tell where they are from; remove those of other choices.
+
+    Returns:
+        A checksum of their names and pixels: a store may be tiled anew under the same names.
+    """
     wanted = {f"{fields.key(index).replace('/', '_')}.png": index for index in chosen}
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.png"):
             if path.name not in wanted:
                 path.unlink()
+    digest = hashlib.sha256()
     for name, index in wanted.items():
-        if not (folder / name).is_file():
-            with write_whole(folder / name) as temporary:
-                image = fields[index]["image"].permute(1, 2, 0).numpy()
-                Image.fromarray(image).save(temporary, format="PNG")
-    return folder
+        image = np.ascontiguousarray(fields[index]["image"].permute(1, 2, 0).numpy())
+        digest.update(name.encode() + image.tobytes())
+        with write_whole(folder / name) as temporary:
+            Image.fromarray(image).save(temporary, format="PNG")
+    return digest.hexdigest()
 
 
 def _done(path: Path, settings: Mapping[str, Any]) -> Report | None:
@@ -232,21 +244,25 @@ def _digest(checkpoint: Checkpoint) -> str:
     return json.dumps({name: files[name] for name in sorted(files) if name.startswith("pipeline/")})
 
 
+def _digest_of(weights: Path | None) -> str | None:
+    return None if weights is None or not weights.is_file() else sha256_of(weights)
+
+
 def _name(extractor: str | Extractor) -> str:
     return extractor if isinstance(extractor, str) else json.dumps(extractor.describe(), sort_keys=True)
 
 
-def _write_sheet(course: Course, references: Path, checkpoints: Sequence[Checkpoint], out: Path) -> None:
+def _write_sheet(course: Course, references: Path, count: int, out: Path) -> None:
     """Real fields on top, below them one row a checkpoint."""
-    real = find_slides(references)  # in the order in which ``sample`` lets them take turns
+    # In the order in which ``sample`` lets them take turns; with few pictures not all of them had one.
+    real = find_slides(references)[:count]
     shown = [len(real) * place // _ON_SHEET for place in range(min(_ON_SHEET, len(real)))]
     rows = {"real, held out": [_pixels(real[index]) for index in shown]}
-    for checkpoint in checkpoints:
+    for step in course.reports:
         made = {
-            int(path.name.split("_")[0]): path for path in (out / checkpoint.path.name).glob("[0-9]*_*.png")
+            int(path.name.split("_")[0]): path for path in (out / f"step-{step:08d}").glob("[0-9]*_*.png")
         }
-        kept = [index for index in shown if index in made]
-        rows[f"step {checkpoint.step}"] = [_pixels(made[index]) for index in kept]
+        rows[f"step {step}"] = [_pixels(made[index]) for index in shown]
     record = {"contact_sheet": True, "run": course.run.name, "note": "the first row is real tissue"}
     save_synthetic_png(course.sheet, picture_rows(rows), record)
 

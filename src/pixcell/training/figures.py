@@ -28,7 +28,11 @@ __all__ = [
 NUM_TIME_BINS = 8
 """Equal parts of [0, 1], from clean to noise, whose losses are told apart."""
 
-_COUNT, _OF_TIME = "samples", "loss_by_time/"
+_COUNT = "samples"
+_BINS = [
+    f"loss_by_time/{place / NUM_TIME_BINS:.3f}-{(place + 1) / NUM_TIME_BINS:.3f}"
+    for place in range(NUM_TIME_BINS)
+]
 
 
 def sums_of(micro_batches: Sequence[Losses]) -> dict[str, Tensor]:
@@ -51,14 +55,10 @@ def _sums_by_time(per_sample: Tensor, times: Tensor) -> dict[str, Tensor]:
     inside = torch.nn.functional.one_hot(bins, NUM_TIME_BINS).to(per_sample.device, torch.float32)
     # Not a product: one loss that is no number would spoil the other bins.
     totals = torch.where(inside.bool(), per_sample.detach().float()[:, None], 0.0).sum(0)
-    names = [
-        f"{_OF_TIME}{place / NUM_TIME_BINS:.3f}-{(place + 1) / NUM_TIME_BINS:.3f}"
-        for place in range(NUM_TIME_BINS)
-    ]
     counts = inside.sum(0)
     return {
-        **dict(zip(names, totals, strict=True)),
-        **{_count_of(name): count for name, count in zip(names, counts, strict=True)},
+        **dict(zip(_BINS, totals, strict=True)),
+        **{_count_of(name): count for name, count in zip(_BINS, counts, strict=True)},
     }
 
 
@@ -199,7 +199,9 @@ class ModelFlops:
 
 
 def note_of(figures: Mapping[str, float]) -> str:
-    """Return a log line's figures as a person reads them beside a progress bar.
+    """Return a log line's figures as a person reads them below a progress bar.
+
+    On a second line stand the losses by time; ``-`` where no sample was.
 
     Examples:
         >>> note_of({"loss": 0.5, "gradient_norm": 1.25, "lr": 1e-4, "samples_per_s": 60.0, "flop_use": 0.4})
@@ -211,7 +213,11 @@ def note_of(figures: Mapping[str, float]) -> str:
     parts += [f"lr {figures['lr']:.2g}", f"{figures['samples_per_s']:.1f} images/s"]
     if "flop_use" in figures:
         parts.append(f"MFU {100 * figures['flop_use']:.3g}%")
-    return ", ".join(parts)
+    note = ", ".join(parts)
+    if any(name in figures for name in _BINS):
+        by_time = (f"{figures[name]:.2g}" if name in figures else "-" for name in _BINS)
+        note += f"\nloss from clean to noise: {' '.join(by_time)}"
+    return note
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

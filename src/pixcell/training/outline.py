@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pixcell.data.datasets import FieldDataset
 from pixcell.errors import RecipeError, StoreError
@@ -77,8 +78,12 @@ def _autoencoder(recipe: TrainRecipe, model: AutoencoderConfig, objective: Autoe
         posterior = autoencoder.encode(images, return_dict=False)[0]  # type: ignore[operator]
         drawn = posterior.mean + posterior.std * torch.empty_like(posterior.mean)
         restored = autoencoder.decode(drawn, return_dict=False)[0].float()  # type: ignore[operator]
+        coarse: Tensor | float = 0.0
+        if objective.scale_consistency:
+            half = autoencoder.decode(functional.avg_pool2d(drawn, 2), return_dict=False)[0]  # type: ignore[operator]
+            coarse = (half.float() - functional.avg_pool2d(images, 2)).abs().mean()
         edges = sum((restored.diff(dim=side) - images.diff(dim=side)).abs().mean() for side in (2, 3))
-        return (restored - images).abs().mean() + edges + posterior.logvar.float().exp().mean()
+        return (restored - images).abs().mean() + edges + coarse + posterior.logvar.float().exp().mean()
 
     fields = _fields(recipe, images=True)
     unknown = f"{_stores(recipe)} is not on this machine: the number of samples is not known"

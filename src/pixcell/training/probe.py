@@ -84,7 +84,7 @@ class Rehearsal:
             )
         self.objective, self.optimizer, self.config = objective, optimizer, config
         self.engine = Engine(objective, lambda model: make_optimizer(model, optimizer), config)
-        self.averages = AveragedWeights(objective.trainable, config.ema_decays)
+        self.averages = AveragedWeights(objective.trainable, config.ema_decays, config.ema_warmup)
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self.step = 0
         self._num_steps = config.num_steps(len(objective.samples))
@@ -97,9 +97,14 @@ class Rehearsal:
             count = config.batch_size // self.micro_batch_size
             for place in range(count):
                 started = self._now()
-                batch = {**next(self._batches).samples, "step": self.step}
+                micro = next(self._batches)
                 read = self._now()
-                found = self.engine.forward_backward(batch, 1 / config.batch_size, is_last=place == count - 1)
+                found = self.engine.forward_backward(
+                    {**micro.samples, "step": self.step},
+                    1 / config.batch_size,
+                    is_last=place == count - 1,
+                    counts=micro.readable,
+                )
                 losses.append(found.per_sample)
                 waiting, computing = waiting + read - started, computing + self._now() - read
             started = self._now()

@@ -87,10 +87,12 @@ class FiniteRule:
         """
         self._overflows = 0 if math.isfinite(norm) else self._overflows + 1
         if self._overflows > (_OVERFLOWS if self._has_loss_scale else 0):
-            self._refuse("gradient", norm, step, batch, way_out)
+            self._refuse("gradient", norm, step, batch, way_out, self._overflows - 1)
 
-    def _refuse(self, what: str, value: float, step: int, batch: Batch, way_out: str) -> None:
-        since = f" (as at each of the {self._overflows} steps before)" if self._has_loss_scale else ""
+    def _refuse(
+        self, what: str, value: float, step: int, batch: Batch, way_out: str, before: int = 0
+    ) -> None:
+        since = f" (as at each of the {before} steps before)" if before else ""
         raise RunError(
             f"the {what} became {value} at step {step} of {self._run}{since}, on the batch "
             f"{worst_first(batch())}. {way_out}"

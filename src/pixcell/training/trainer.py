@@ -25,7 +25,7 @@ from pixcell.training.determinism import BatchPlan, Order
 from pixcell.training.dropped import Dropped, DroppedLog
 from pixcell.training.engine import Engine
 from pixcell.training.figures import Figures, ModelFlops, note_of, sums_of
-from pixcell.training.flops import peak_of
+from pixcell.training.flops import matmul_precision, peak_of
 from pixcell.training.loading import MicroBatch, dead_loaders_are_errors, load_batches
 from pixcell.training.metrics import MetricsLog
 from pixcell.training.objectives import Losses, Objective, order_of
@@ -118,7 +118,7 @@ class Trainer:
             console.print(f"Training on {self.engine}.", markup=False)
         with (
             dead_loaders_are_errors(self.config.workers),
-            _matmul_precision(self.config.matmul_precision),
+            matmul_precision(self.config.matmul_precision),
             stop,
             self._metrics() as metrics,
             progress(f"train {self.label}", self.num_steps, self.step) as advance,
@@ -332,13 +332,3 @@ class Trainer:
 
     def _data_facts(self) -> dict[str, Any]:
         return {"num_samples": self.order.num_samples, **self.order.facts, **self.objective.facts}
-
-
-@contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

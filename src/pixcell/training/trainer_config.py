@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -75,11 +76,13 @@ class TrainerConfig(Config):
         Examples:
             >>> TrainerConfig(epochs=2, batch_size=16).num_steps(100)
             13
+            >>> TrainerConfig(epochs=1.1, batch_size=10).num_steps(100)  # 1.1 * 100 is 110.00000000000001
+            11
         """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None  # one of the two is given
-        return math.ceil(self.epochs * num_samples / self.batch_size)
+        return math.ceil(Fraction(repr(self.epochs)) * num_samples / self.batch_size)
 
     @model_validator(mode="before")
     @classmethod
