@@ -1,5 +1,6 @@
 """A report tells what its figures mean, and comes back from its file as it went in."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,6 +54,18 @@ def test_a_poor_generator_is_far_above_the_floor(rng):
     assert frechet.matched > 5 * frechet.floor
     assert kernel.matched > kernel.floor + 10 * kernel.floor_std
     assert "times as far" in report_of([frechet, kernel]).summary
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [(8, "8 pictures are too few"), (400, "does not tell these synthetic pictures from")]
+)
+def test_few_pictures_are_no_sign_of_likeness(rng, count, says):
+    _, kernel, *_ = compared(rng, 0.0)
+    frechet = Measure("frechet", "Frechet distance", "lower", reason="Few.")
+    report = report_of([frechet, kernel])
+    report = dataclasses.replace(report, synthetic=dataclasses.replace(report.synthetic, num_fields=count))
+    report = dataclasses.replace(report, real=dataclasses.replace(report.real, num_fields=400))
+    assert says in report.summary
 
 
 def test_the_same_seed_gives_the_same_figures():

@@ -23,6 +23,7 @@ __all__ = ["MEANINGS", "Report", "SetFacts", "figure_text"]
 
 _FORMAT = "pixcell-report"
 _VERSION = 1
+_ENOUGH = 100  # pictures: from here on, not being told from real ones says something for them
 
 MEANINGS = {
     "frechet": "How far apart the two sets are in mean and covariance of their features. 0 is equal. It "
@@ -154,14 +155,24 @@ class Report:
             )
         elif kernel.floor is not None and kernel.floor_std is not None and kernel.matched is not None:
             limit = kernel.floor + 3 * max(kernel.floor_std, 1e-12)
-            text = (
-                f"In the space of {space}, the kernel distance does not tell these synthetic pictures from "
-                "real ones at this count."
-                if kernel.matched <= limit
-                else f"In the space of {space}, the synthetic pictures are told apart from real ones: "
-                f"kernel distance {figure_text(kernel.matched, kernel.matched_std)}, against "
-                f"{figure_text(kernel.floor, kernel.floor_std)} between halves of the real set."
-            )
+            count = min(self.real.num_fields, self.synthetic.num_fields)
+            if kernel.matched > limit:
+                text = (
+                    f"In the space of {space}, the synthetic pictures are told apart from real ones: "
+                    f"kernel distance {figure_text(kernel.matched, kernel.matched_std)}, against "
+                    f"{figure_text(kernel.floor, kernel.floor_std)} between halves of the real set."
+                )
+            elif count < _ENOUGH:
+                # Of eight pictures, even noise is within what eight real ones differ by.
+                text = (
+                    f"In the space of {space}, {count} pictures are too few for the kernel distance to tell "
+                    "synthetic from real ones, good or bad. Compare some hundreds."
+                )
+            else:
+                text = (
+                    f"In the space of {space}, the kernel distance does not tell these synthetic pictures "
+                    "from real ones at this count."
+                )
         else:
             text = f"In the space of {space}, there are too few pictures to judge a distance."
         if self.pairs.nearest_share is not None:
