@@ -40,8 +40,8 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     [
         ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3", r"zero_stage 1 or 2, .* says 3.*fsdp2\.yaml"),
         ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0", "zero_stage 1 or 2, .* says 0"),
-        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer_device is not supported"),
-        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "offload_param_device is not supported"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer would change the run"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "offload_param would change the run"),
     ],
 )
 def test_settings_that_cannot_be_kept_are_refused(asked_for, variable, value, message):
@@ -53,10 +53,10 @@ def test_settings_that_cannot_be_kept_are_refused(asked_for, variable, value, me
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"optimizer": {"type": "Adam"}}, "how weights move: remove 'optimizer'"),
-        ({"scheduler": {"type": "WarmupLR"}}, "how weights move: remove 'scheduler'"),
-        ({"bf16": {"enabled": True}}, "precision is the recipe's to decide: remove 'bf16'"),
-        ({"fp16": {"enabled": "auto"}}, "precision is the recipe's to decide: remove 'fp16'"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer would change the run behind its recipe"),
+        ({"bf16": {"enabled": True}}, "bf16 would change"),
+        ({"communication_data_type": "fp16"}, "communication_data_type would change"),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}}, "zero_quantized_gradients"),
         ({"zero_optimization": None}, "does not go: Please specify the ZeRO"),
     ],
 )
@@ -68,10 +68,20 @@ def test_a_deepspeed_file_that_decides_what_the_recipe_does_is_refused(asked_for
         engine_for()
 
 
-def test_what_a_deepspeed_file_says_of_the_exchange_is_kept(asked_for, tmp_path):
-    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 4096}}')
+def test_what_a_deepspeed_file_says_of_the_exchange_is_kept_and_what_it_leaves_open_is_not(
+    asked_for, tmp_path
+):
+    exchange = {"stage": 1, "reduce_bucket_size": 4096, "overlap_comm": True}
+    content = {
+        "zero_optimization": exchange | {"allgather_bucket_size": "auto", "stage3_max_live_parameters": 1e9},
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+        "train_batch_size": "auto",
+        "gradient_clipping": 3.0,
+    }
+    (tmp_path / "zero.json").write_text(json.dumps(content))
     asked_for.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
-    assert zero_settings()["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 4096}
+    assert zero_settings() == exchange
 
 
 def test_an_optimizer_that_looks_at_whole_tensors_is_refused(asked_for):

@@ -19,21 +19,39 @@ import torch
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
-from pixcell.errors import MissingExtra, RecipeError, RunError
+from pixcell.errors import MissingExtra, RecipeError, RunError, listed
 
 __all__ = ["ZeroEngine", "hidden_from_accelerate", "zero_settings"]
 
 _ASKED_FOR = "ACCELERATE_USE_DEEPSPEED"
+_EXCHANGE = ("stage", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm")
+"""What may be said of ZeRO: it changes where things are, and when they are exchanged."""
+
+_NOT_USED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)
+"""What stands in every such file, and in the recipe."""
+
 _BUCKET = 500_000_000
 """Values that DeepSpeed exchanges at once; it keeps that many beside the model."""
 
 
 def zero_settings() -> dict[str, Any] | None:
-    """Return DeepSpeed's settings if accelerate's config asks for DeepSpeed.
+    """Return how DeepSpeed is to spread and exchange, if accelerate's config asks for DeepSpeed.
+
+    Returns:
+        The section ``zero_optimization`` of DeepSpeed's own settings.
 
     Raises:
         MissingExtra: If ``deepspeed`` is not installed.
-        RecipeError: If they are such that a run could not be what its recipe says.
+        RecipeError: If there is more in it than that: a run would not be what its recipe says.
     """
     if os.environ.get(_ASKED_FOR, "false").lower() != "true":
         return None
@@ -43,27 +61,28 @@ def zero_settings() -> dict[str, Any] | None:
         settings: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
     except ValueError as error:
         raise RecipeError(f"the accelerate config for DeepSpeed does not go: {error}") from error
-    zero = settings["zero_optimization"]
+    zero = {name: value for name, value in settings.pop("zero_optimization").items() if _says(value)}
     if zero.get("stage") not in (1, 2):
         raise RecipeError(
             f"DeepSpeed is used with zero_stage 1 or 2, and the accelerate config says {zero.get('stage')}. "
             "To spread weights, too (stage 3), use FSDP2: recipes/accelerate/fsdp2.yaml."
         )
-    for part in ("offload_optimizer", "offload_param"):
-        if (zero.pop(part, None) or {}).get("device", "none") not in ("none", None):
-            raise RecipeError(f"{part}_device is not supported: set it to none in the accelerate config.")
-    for part in ("optimizer", "scheduler"):
-        if part in settings:
-            raise RecipeError(
-                f"the recipe decides how weights move: remove {part!r} from the DeepSpeed config file."
-            )
-    for part in ("fp16", "bf16", "torch_autocast"):
-        if (settings.pop(part, None) or {}).get("enabled") not in (None, False):
-            raise RecipeError(
-                f"precision is the recipe's to decide: remove {part!r} from the DeepSpeed config file, and "
-                "set trainer.precision."
-            )
-    return settings
+    unknown = [name for name in zero if name not in _EXCHANGE and not name.startswith("stage3_")]
+    unknown += [name for name, value in settings.items() if _says(value) and name not in _NOT_USED]
+    if unknown:
+        raise RecipeError(
+            f"DeepSpeed's {listed(unknown)} would change the run behind its recipe: remove it from the "
+            "accelerate config or the DeepSpeed file that it names. What may stand there: "
+            f"{listed(_EXCHANGE, 9)}."
+        )
+    return {name: value for name, value in zero.items() if name in _EXCHANGE}
+
+
+def _says(value: Any) -> bool:
+    """Return whether a setting says anything: sections can be switched off, values left to others."""
+    if isinstance(value, Mapping):
+        return value.get("enabled", value.get("device", True)) not in (False, None, "auto", "none")
+    return value not in (None, "auto")
 
 
 @contextlib.contextmanager
@@ -97,7 +116,7 @@ class ZeroEngine:
         self,
         losses: nn.Module,
         optimizer: torch.optim.Optimizer,
-        settings: Mapping[str, Any],
+        settings: dict[str, Any],
         device: torch.device,
         num_processes: int,
     ) -> None:
@@ -116,17 +135,12 @@ class ZeroEngine:
         self._weights = [weight for weight in losses.parameters() if weight.requires_grad]
         size = sum(weight.numel() for weight in self._weights)
         buckets = {name: min(_BUCKET, size) for name in ("reduce_bucket_size", "allgather_bucket_size")}
-        zero = {
-            **{name: value + value % 2 for name, value in buckets.items()},
-            **settings["zero_optimization"],
-        }
-        zero.pop("compute_grad_norm", None)
+        zero = {name: count + count % 2 for name, count in buckets.items()} | settings
         self.stage = int(zero["stage"])
         self.model, self.optimizer, *_ = deepspeed.initialize(
             model=losses,
             optimizer=optimizer,
             config={
-                **settings,
                 "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True,
                 "gradient_clipping": 0.0,  # given with each step
