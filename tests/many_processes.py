@@ -44,20 +44,24 @@ SCENARIOS = {
         "run": "zero-chain",
         "environment": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
     },
+    "zero-blown-up": {"environment": ZERO, "blown_up": (3, 1)},
 }
-"""``moment``: the signal that a process sends itself in a step: (step, process, signal); the first is 1."""
+"""``moment``: the signal that a process sends itself in a step: (step, process, signal); the first is 1.
+``blown_up``: the step and the process whose gradient is infinite, though its losses are not."""
 
 
-def train_scenario(folder, name, run=None, overrides=(), environment=None, moment=None):
+def train_scenario(folder, name, run=None, overrides=(), environment=None, moment=None, blown_up=None):
     """Train, noting the samples of each step."""
     whole = Engine.forward_backward
 
-    def noting(self, batch, *rest):
+    def noting(self, batch, share, *rest):
         with (folder / f"{name}.{RANK}.jsonl").open("a") as file:
             file.write(json.dumps([batch["step"] + 1, list(batch["key"])]) + "\n")
         if moment and moment[:2] == (batch["step"] + 1, RANK):
             os.kill(os.getpid(), moment[2])
-        return whole(self, batch, *rest)
+        if blown_up == (batch["step"] + 1, RANK):
+            share = float("inf")
+        return whole(self, batch, share, *rest)
 
     Engine.forward_backward = noting
     os.environ.update(environment or {})

@@ -56,8 +56,8 @@ def deepspeed(launched):
     train(load_recipe(TrainRecipe, folder / "recipe.yaml", ["trainer.steps=2"]), folder / "zero-chain")
     killed = start([*TORCHRUN, str(SCRIPT), str(folder), "zero1", "zero2", "zero-killed"])
     assert Checkpoint.find(folder / "zero-chain").step == 4, killed.stderr
-    rest = start([*TORCHRUN, str(SCRIPT), str(folder), "zero-rest"])
-    assert rest.returncode == 0, rest.stderr
+    rest = start([*TORCHRUN, str(SCRIPT), str(folder), "zero-rest", "zero-blown-up"])
+    assert Checkpoint.find(folder / "zero-chain").step == 6, rest.stderr
     return {"folder": folder, "killed": killed, "rest": rest}
 
 
@@ -202,3 +202,9 @@ def test_a_run_under_deepspeed_goes_on_in_one_process(deepspeed):
     result = train(load_recipe(TrainRecipe, folder / "recipe.yaml"), folder / "zero2")
     assert result.step == 6
     assert_same_within_rounding(weights(folder / "zero2"), weights(folder / "whole"))
+
+
+def test_a_gradient_of_one_process_that_is_no_number_ends_all_under_deepspeed(deepspeed):
+    for rank in (0, 1):
+        assert f"zero-blown-up.{rank}: the gradient became inf at step 3" in deepspeed["rest"].stdout
+    assert Checkpoint.find(deepspeed["folder"] / "zero-blown-up").step == 2
