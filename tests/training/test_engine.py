@@ -1,13 +1,18 @@
 """The engine in one process; see test_processes.py for several."""
 
+import io
+import math
+
 import numpy as np
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from pixcell.errors import OutputError, RecipeError
 from pixcell.training import engine as engine_module
 from pixcell.training.engine import Engine
+from pixcell.training.optimizers import AdamWConfig, CameConfig, make_optimizer
 from pixcell.training.trainer_config import TrainerConfig
 from tiny_objective import Line, fit, weights
 
@@ -155,3 +160,49 @@ def test_what_a_launcher_says_of_the_step_is_not_used(monkeypatch):
 
 def test_it_says_how_the_work_is_spread():
     assert str(engine_for()) == "1 process on cpu"
+
+
+@pytest.mark.parametrize("optimizer", [AdamWConfig(lr=1e-2), CameConfig(lr=1e-2)])
+def test_a_loss_scale_leaves_out_what_overflows_and_goes_on_bit_for_bit(optimizer):
+    """On a CPU, where fp16 itself is refused: its scale is the same."""
+
+    def scaled():
+        engine = Engine(
+            Line(),
+            lambda model: make_optimizer(model, optimizer),
+            TrainerConfig(steps=9, batch_size=4, device="cpu"),
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+        engine.accelerator.scaler = scaler
+        engine.accelerator.native_amp = True
+        engine.accelerator.state._mixed_precision = "fp16"
+        engine.optimizer = AcceleratedOptimizer(engine.optimizer.optimizer, scaler=scaler)
+        engine.accelerator._optimizers[:] = [engine.optimizer]
+        return engine, samples(Line())
+
+    def step(engine, batch, share=1 / 4):
+        engine.forward_backward(batch, share, is_last=True)
+        return engine.move_weights(1e-2, clip_norm=0.5)
+
+    torch.manual_seed(0)
+    plain = step(engine_for(), samples(Line()))
+    torch.manual_seed(0)
+    engine, batch = scaled()
+    assert step(engine, batch) == pytest.approx(plain, rel=1e-3)  # the scale is taken out before clipping
+    before = {name: weight.clone() for name, weight in engine.weights().items()}
+    assert not math.isfinite(step(engine, batch, share=1e38))
+    assert all(torch.equal(weight, before[name]) for name, weight in engine.weights().items())
+    assert engine.accelerator.scaler.get_scale() == 512
+    step(engine, batch)
+    state = io.BytesIO()
+    torch.save({"weights": engine.weights(), "optimizer": engine.optimizer_state()}, state)
+    again, _ = scaled()
+    kept = torch.load(io.BytesIO(state.getvalue()), weights_only=True)
+    again.load_weights(kept["weights"], "state")
+    again.load_optimizer_state(kept["optimizer"])
+    for _ in range(3):
+        assert step(again, batch) == step(engine, batch)
+    assert again.accelerator.scaler.state_dict() == engine.accelerator.scaler.state_dict()
+    assert engine.accelerator.scaler.get_scale() == 1024  # grown again after three good steps
+    weights_of_both = zip(again.weights().values(), engine.weights().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights_of_both)

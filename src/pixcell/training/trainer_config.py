@@ -57,8 +57,8 @@ class TrainerConfig(Config):
     wandb: WandbConfig | None = None
     """Show the run at Weights & Biases, too: ``{project: ...}``."""
     mfu: bool = True
-    """Log the share of the device's peak that goes into the model: counted and timed at the start, about a
-    second."""
+    """Log the share of the device's peak that goes into the model. Its FLOPs are counted at the start, for
+    which one sample goes forward on the processor: a second for a small model, more for a large one."""
     report: bool = True
     """Write ``report.html`` when the training ends; ``pixcell report RUN`` does so at any time."""
     workers: int = Field(0, ge=0)
