@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
 
 import pytest
 
@@ -135,6 +137,22 @@ def test_a_run_has_one_writer(tmp_path):
         pass
     with exclusively(tmp_path):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="loaders are forked on Unix")
+def test_a_loader_that_outlives_its_trainer_does_not_hold_the_run(tmp_path):
+    context = multiprocessing.get_context("fork")
+    begun, done = context.Event(), context.Event()
+    with exclusively(tmp_path):
+        loader = context.Process(target=lambda: begun.set() or done.wait(60))
+        loader.start()
+        assert begun.wait(60)
+    try:
+        with exclusively(tmp_path):
+            assert loader.is_alive()
+    finally:
+        done.set()
+        loader.join()
 
 
 def test_frozen_files_share_their_bytes(tmp_path):

@@ -202,10 +202,11 @@ def exclusively(run: Path) -> Iterator[None]:
         return
     with writing_to(run):
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("w")
-    with file:
+        descriptor = os.open(run / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    _locks.add(descriptor)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
                 f"another process is training in {run}. "
@@ -215,6 +216,24 @@ def exclusively(run: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
                 raise
         yield
+    finally:
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)
+
+
+_locks: set[int] = set()
+"""Descriptors of the runs that this process holds."""
+
+
+def _let_go_of_locks() -> None:
+    """In a forked process: loaders outlive a trainer that is killed by seconds, and must not hold its run."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
