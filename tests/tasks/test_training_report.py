@@ -212,6 +212,19 @@ def test_a_damaged_list_of_starts_is_an_error_with_a_way_out(tmp_path, text):
     assert path.read_text() == text
 
 
+def test_a_recipe_of_bytes_is_an_error_and_not_a_crash(run):
+    (run / "recipe.yaml").write_bytes(b"\x00\xff\xfe")
+    with pytest.raises(RunError, match=r"recipe\.yaml is damaged"):
+        report_training(run)
+
+
+def test_an_entry_that_is_no_start_does_not_keep_the_page_from_being_written(run):
+    starts = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps([1, *starts]))
+    assert len(RunHistory.read(run).starts) == len(starts)
+    report_training(run)
+
+
 def test_a_held_out_error_that_rises_again_is_noted(run):
     for step, value in ((50, 0.65), (60, 0.7), (70, 0.8)):
         with (run / "metrics.jsonl").open("a") as file:

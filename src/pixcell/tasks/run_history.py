@@ -111,7 +111,7 @@ class RunHistory:
                 f"{run} is not a run: it holds no recipe.yaml. Give a folder that `pixcell train` wrote "
                 "(runs/<name>)."
             )
-        text = place.read_text(encoding="utf-8")
+        text = place.read_text(encoding="utf-8", errors="replace")
         recipe = _recipe(text, place)
         problems: list[str] = []
         metrics = run / "metrics.jsonl"
@@ -131,7 +131,11 @@ class RunHistory:
             run=run,
             recipe=recipe,
             recipe_text=text,
-            starts=[Start(each) for each in (starts if isinstance(starts, list) else [starts])],
+            starts=[
+                Start(each)
+                for each in (starts if isinstance(starts, list) else [starts])
+                if isinstance(each, dict)
+            ],
             lines=[line for line in lines if "loss" in line],
             checkpoints=checkpoints,
             previews=_previews(run),
@@ -195,7 +199,7 @@ class RunHistory:
 def _recipe(text: str, place: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RunError(f"{place} is damaged ({error}). Put the recipe of the run back.") from error
     if not isinstance(recipe, dict):
         raise RunError(f"{place} is no recipe. Put the recipe of the run back.")
