@@ -101,6 +101,12 @@ def test_checkpoints_that_were_measured_are_not_measured_again(tissue, run, tmp_
     assert other.reports[2].measures != again.reports[2].measures
 
 
+def test_fewer_tiles_of_the_store_can_be_compared_with(tissue, run, tmp_path):
+    course = follow(tissue.path, run, out=tmp_path, max_images=4, **FEW)
+    assert {report.real.num_fields for report in course.reports.values()} == {16}
+    assert {report.synthetic.num_pictures for report in course.reports.values()} == {4}
+
+
 def test_a_report_that_was_cut_short_is_made_anew(tissue, run, tmp_path):
     whole = follow(tissue.path, run, out=tmp_path, **FEW)
     (tmp_path / "step-00000004.json").unlink()  # killed before it was written
@@ -168,6 +174,7 @@ def test_the_command_takes_a_run_for_the_pictures(tissue, run, tmp_path):
     ("change", "error", "message"),
     [
         ({"count": 1}, EvaluationError, "count must be at least 2, not 1"),
+        ({"max_images": 1}, EvaluationError, "max_images must be at least 2, not 1"),
         ({"num_references": 30}, EvaluationError, "32 such field.s. of 64 px, too few to imitate 30"),
         ({"where": {"split": ["validation"]}}, StoreError, "validation"),
     ],

@@ -83,8 +83,9 @@ def follow(
     extractor: str | Extractor = "stain-texture",
     extractor_weights: Path | None = None,
     where: Mapping[str, Sequence[str]] | None = None,
-    count: int = 128,
+    count: int = 256,
     num_references: int = 64,
+    max_images: int | None = None,
     steps: int = 20,
     guidance_scale: float | None = None,
     seed: int = 0,
@@ -107,6 +108,8 @@ def follow(
             right only if the run was trained on none of it.
         count: Pictures of each checkpoint; references take turns.
         num_references: Fields that are imitated, evenly spread over the chosen tiles.
+        max_images: Compare with at most so many tiles of the store, drawn at random, and use at most so many
+            pictures. None: all.
         steps: Of the sampler.
         guidance_scale: None: the model's own.
         seed: Of the noise: the same for every checkpoint.
@@ -127,6 +130,7 @@ def follow(
     for name, number, least in (
         ("count", count, 2),
         ("num_references", num_references, 2),
+        ("max_images", 2 if max_images is None else max_images, 2),
         ("seed", seed, 0),
     ):
         if number < least:
@@ -149,7 +153,8 @@ def follow(
     references = out / "references"
     digest = _write_references(fields, chosen, references)
     settings = {
-        "count": count, "num_references": num_references, "steps": steps, "guidance_scale": guidance_scale,
+        "count": count, "num_references": num_references, "max_images": max_images, "steps": steps,
+        "guidance_scale": guidance_scale,
         "seed": seed, "where": where, "store": str(store.resolve()), "fields": len(fields),
         "references": digest, "extractor": _name(extractor),
         "extractor_weights": _digest_of(extractor_weights), "encoder_weights": _digest_of(encoder_weights),
@@ -174,8 +179,9 @@ def follow(
             )  # fmt: skip
             done = evaluate(
                 store, pictures, extractor=extractor, extractor_weights=extractor_weights, out=path,
-                where=where, references=references, field_size=size, device=device, seed=seed,
-                kernel_subset_size=kernel_subset_size, kernel_subsets=kernel_subsets, download=download,
+                where=where, references=references, field_size=size, max_images=max_images, device=device,
+                seed=seed, kernel_subset_size=kernel_subset_size, kernel_subsets=kernel_subsets,
+                download=download,
             )  # fmt: skip
             write_json(_settings_of(path), {**settings, "checkpoint": _digest(checkpoint)})
         reports[checkpoint.step] = done
