@@ -7,13 +7,14 @@ saved beside the result, so that reading it tells the whole run.
 
 import difflib
 import reprlib
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pixcell.errors import RecipeError
 from pixcell.files import write_text
@@ -26,6 +27,17 @@ class Config(BaseModel):
 
     # No recipe means inf or NaN, and neither could be saved beside the result.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, values: Any) -> Any:
+        """Python takes True for 1: ``steps: yes`` would train one step without a word."""
+        if isinstance(values, dict):
+            for name, value in values.items():
+                field = cls.model_fields.get(name) if isinstance(value, bool) else None
+                if field is not None and not _takes_yes_and_no(field.annotation):
+                    raise ValueError(f"{name} is neither yes nor no, but was given as {value}")
+        return values
 
     def with_changes(self, **changes: Any) -> Self:
         """Return a copy with some fields replaced, validated again."""
@@ -191,18 +203,37 @@ def _walk(kind: type[BaseModel], location: Sequence[str | int]) -> tuple[list[ty
         The classes that may stand there, and the place as a recipe writes it: which class of a union was
         chosen is a part of pydantic's places, and no key.
     """
-    kinds, shown = [kind], []
+    kinds, shown, choices = [kind], [], False
     for part in location:
+        if choices and (part in _PYDANTIC_TYPES or "[" in str(part)):
+            continue  # which type of several was tried
         holders = [model for model in kinds if part in model.model_fields]
         tagged = [model for model in kinds if part in (*_tags_of(model), model.__name__)]
         if holders:
             annotations = [model.model_fields[str(part)].annotation for model in holders]
             kinds = [model for annotation in annotations for model in _models_in(annotation)]
+            choices = any(_is_union(annotation) for annotation in annotations)
         elif tagged:
             kinds = tagged
             continue
         shown.append(str(part))
     return kinds, ".".join(shown)
+
+
+_PYDANTIC_TYPES = ("str", "int", "float", "bool", "dict", "list", "tuple", "path")
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _takes_yes_and_no(annotation: Any) -> bool:
+    if annotation in (bool, Any, object):
+        return True
+    return any(
+        argument is True or argument is False or _takes_yes_and_no(argument)
+        for argument in typing.get_args(annotation)
+    )
 
 
 def _tags_of(model: type[BaseModel]) -> tuple[str, ...]:

@@ -110,7 +110,9 @@ def test_fewer_tiles_of_the_store_can_be_compared_with(tissue, run, tmp_path):
 def test_a_report_that_was_cut_short_is_made_anew(tissue, run, tmp_path):
     whole = follow(tissue.path, run, out=tmp_path, **FEW)
     (tmp_path / "step-00000004.json").unlink()  # killed before it was written
+    (tmp_path / ".step-00000002.settings").write_text("{")  # damaged
     again = follow(tissue.path, run, out=tmp_path, **FEW)
+    assert replace(again.reports[2], created="") == replace(whole.reports[2], created="")
     assert replace(again.reports[4], created="") == replace(whole.reports[4], created="")
 
 

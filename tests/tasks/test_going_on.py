@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from pixcell.errors import RunError
+from pixcell.errors import OutputError, RunError
 from pixcell.tasks.train import train
 from training_fixtures import codec_folder, recipe, store
 
@@ -38,6 +38,25 @@ def test_a_recipe_that_this_version_does_not_understand_is_said_to_be_one(run, r
     rewrite(run, lambda content: content["trainer"].update(from_the_future=1))
     with pytest.raises(RunError, match=r"another version of pixcell.*from_the_future.*another folder"):
         train(recipe("trainer.steps=2"), run)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"name: [", b"\x00\xff\xfe", b"- 1\n"])
+def test_a_damaged_recipe_is_not_blamed_on_another_version(run, recipe, damaged):
+    file = run / "recipe.yaml"
+    file.write_bytes(damaged)
+    with pytest.raises(RunError, match=r"recipe\.yaml is damaged.*delete the file"):
+        train(recipe("trainer.steps=2", "trainer.ema_decays=[0.99]"), run)
+    file.unlink()
+    assert train(recipe("trainer.steps=2", "trainer.ema_decays=[0.99]"), run).step == 2
+    assert file.is_file()
+
+
+@pytest.mark.parametrize("name", ["store.json", "pack.json", "model_index.json"])
+def test_a_run_is_not_written_into_a_store_a_pack_or_a_model(recipe, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(OutputError, match="a run needs a folder of its own"):
+        train(recipe(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

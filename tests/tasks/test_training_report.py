@@ -225,6 +225,15 @@ def test_an_entry_that_is_no_start_does_not_keep_the_page_from_being_written(run
     report_training(run)
 
 
+def test_a_figure_that_is_no_number_is_left_out(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 60, "loss": "much"}) + "\n")
+    steps, values = RunHistory.read(run).series("loss")
+    assert 60 not in steps
+    assert len(steps) == len(values) > 0
+    report_training(run)
+
+
 def test_a_held_out_error_that_rises_again_is_noted(run):
     for step, value in ((50, 0.65), (60, 0.7), (70, 0.8)):
         with (run / "metrics.jsonl").open("a") as file:

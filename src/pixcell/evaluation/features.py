@@ -137,7 +137,7 @@ class RandomSpace:
             for module in network.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-                    nn.init.zeros_(module.bias)
+                    nn.init.zeros_(module.get_parameter("bias"))
             projection = nn.Linear(512, self.dim, bias=False)
             nn.init.orthogonal_(projection.weight, math.sqrt(512 / self.dim))
         self._sha256 = weights_sha256(nn.ModuleList([network, projection]))

@@ -234,10 +234,14 @@ def _done(path: Path, settings: Mapping[str, Any]) -> Report | None:
     """The report of an earlier call, if it was made with the same settings from the same weights."""
     if not (path.is_file() and _settings_of(path).is_file()):
         return None
-    before = json.loads(_settings_of(path).read_text(encoding="utf-8"))
+    try:
+        before = json.loads(_settings_of(path).read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # damaged: measured anew
     if before != json.loads(json.dumps(settings)):
         return None
-    return Report.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    return Report.from_json(report, str(path))
 
 
 def _settings_of(report: Path) -> Path:

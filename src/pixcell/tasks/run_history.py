@@ -177,7 +177,11 @@ class RunHistory:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return steps and values of a figure, without lines that lack it or had no finite number."""
-        found = [(int(line["step"]), float(line[name])) for line in self.lines if line.get(name) is not None]
+        found = [
+            (int(line["step"]), float(line[name]))
+            for line in self.lines
+            if isinstance(line.get(name), int | float)
+        ]
         return [step for step, _ in found], [value for _, value in found]
 
     def names(self, prefix: str = "") -> list[str]:

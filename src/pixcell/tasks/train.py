@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from pixcell.config import load_recipe, save_recipe
@@ -143,6 +144,13 @@ def train(recipe: TrainRecipe, run: Path | None = None, resume: bool = True) -> 
         OutputError: If the folder cannot be written. The last checkpoint stays usable.
     """
     run, started = run or Path("runs") / recipe.name, time.monotonic()
+    for name, what in (
+        ("store.json", "a tile store"),
+        ("pack.json", "a pack"),
+        ("model_index.json", "a model"),
+    ):
+        if (run / name).is_file():
+            raise OutputError(f"{run} is {what}; a run needs a folder of its own: choose another with --run.")
     if recipe.trainer.wandb is not None:
         check_wandb()
     with exclusively(run) if is_main_process() else contextlib.nullcontext():
@@ -188,6 +196,11 @@ def _must_be_same_recipe(run: Path, recipe: TrainRecipe) -> None:
     try:
         before = load_recipe(TrainRecipe, path).model_dump(mode="json")
     except RecipeError as error:
+        if not _is_mapping(path):
+            raise RunError(
+                f"{path} is damaged: {error} Put the recipe of the run back, or delete the file to have it "
+                "written anew from the recipe that you give, which must be the same."
+            ) from error
         raise RunError(
             f"{run} was begun by another version of pixcell, whose recipe this one does not understand: "
             f"{error} Go on with that version, or choose another folder with --run."
@@ -199,6 +212,14 @@ def _must_be_same_recipe(run: Path, recipe: TrainRecipe) -> None:
             f"{run} was begun by another recipe: {'; '.join(found)}. "
             f"Choose another folder with --run, or go on by its own recipe: pixcell train {path}"
         )
+
+
+def _is_mapping(path: Path) -> bool:
+    """Say whether a file holds something that may be a recipe."""
+    try:
+        return isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
 
 
 def _report_mixture(order: MixedOrder, num_draws: int, run: Path) -> None:

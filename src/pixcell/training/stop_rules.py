@@ -96,7 +96,8 @@ class FiniteRule:
         raise RunError(
             f"the {what} became {value} at step {step} of {self._run}{since}, on the batch "
             f"{worst_first(batch())}. {way_out}"
-            "A smaller optimizer.lr, a longer warm-up, optimizer.clip_norm or another precision may help."
+            "A smaller optimizer.lr, a longer warm-up, optimizer.clip_norm or another precision may help; "
+            "where it comes back on the same tiles, look at these (`pixcell inspect STORE --verify`)."
         )
 
 

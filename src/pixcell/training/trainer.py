@@ -140,7 +140,7 @@ class Trainer:
             figures.add(sums, gradient_norm, seconds)
             stop.took(seconds)
             self.seconds += seconds
-            if self.step % config.log_every == 0 or self.step == self.num_steps:
+            if self.step % config.log_every == 0 or self.step == self.num_steps or stopped:
                 line = figures.line(self.step, self.engine.device)
                 line |= {"lr": rate, "seconds": self.seconds}
                 line["epoch"] = self.step * config.batch_size / self.order.num_samples
