@@ -150,6 +150,17 @@ def test_a_stop_signal_ends_the_step_saves_and_can_be_resumed(tmp_path, number):
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
 
 
+def test_the_last_steps_before_a_stop_are_in_the_log(tmp_path):
+    def stop(calls):
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    fit(tmp_path, Line(on_loss=stop), log_every=4)
+    fit(tmp_path, log_every=4)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 5, 8]
+
+
 def test_a_complete_run_is_left_as_it_is(tmp_path):
     fit(tmp_path)
     before = {
