@@ -107,6 +107,23 @@ def test_fewer_tiles_of_the_store_can_be_compared_with(tissue, run, tmp_path):
     assert {report.synthetic.num_pictures for report in course.reports.values()} == {4}
 
 
+def test_a_real_field_is_looked_at_once_for_all_checkpoints(tissue, run, tmp_path):
+    class Counting:
+        name, dim = "mean-colour", 3
+        seen = 0
+
+        def __call__(self, images):
+            Counting.seen += len(images)
+            return images.float().mean((2, 3))
+
+        def describe(self):
+            return {"name": self.name, "dim": self.dim, "resize": "none"}
+
+    course = follow(tissue.path, run, out=tmp_path, extractor=Counting(), **FEW)
+    assert list(course.reports) == [2, 4]
+    assert Counting.seen <= 32 + 4 + 2 * 6  # fields of the store, references, pictures of two checkpoints
+
+
 def test_a_report_that_was_cut_short_is_made_anew(tissue, run, tmp_path):
     whole = follow(tissue.path, run, out=tmp_path, **FEW)
     (tmp_path / "step-00000004.json").unlink()  # killed before it was written

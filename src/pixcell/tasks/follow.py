@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.table import Table
+from torch import Tensor
 
 from pixcell.console import console, table
 from pixcell.data.datasets import FieldDataset
@@ -27,7 +29,7 @@ from pixcell.data.slides import find_slides
 from pixcell.data.store import TileStore
 from pixcell.diffusion.pipelines import PixCellPipeline
 from pixcell.errors import EvaluationError, RunError
-from pixcell.evaluation.features import Extractor
+from pixcell.evaluation.features import Extractor, load_extractor
 from pixcell.evaluation.plots import draw_course
 from pixcell.evaluation.report import Report
 from pixcell.files import sha256_of, write_json, write_whole, writing_to
@@ -160,6 +162,11 @@ def follow(
         "extractor_weights": _digest_of(extractor_weights), "encoder_weights": _digest_of(encoder_weights),
         "kernel_subset_size": kernel_subset_size, "kernel_subsets": kernel_subsets,
     }  # fmt: skip
+    space = _Remembering(
+        load_extractor(extractor, extractor_weights, device=device, download=download)
+        if isinstance(extractor, str)
+        else extractor
+    )
     reports: dict[int, Report] = {}
     for place, checkpoint in enumerate(checkpoints):
         path = out / f"{checkpoint.path.name}.json"
@@ -178,8 +185,8 @@ def follow(
                 encoder_weights=encoder_weights, download=download, overwrite=True,
             )  # fmt: skip
             done = evaluate(
-                store, pictures, extractor=extractor, extractor_weights=extractor_weights, out=path,
-                where=where, references=references, field_size=size, max_images=max_images, device=device,
+                store, pictures, extractor=space, out=path, where=where,
+                references=references, field_size=size, max_images=max_images, device=device,
                 seed=seed, kernel_subset_size=kernel_subset_size, kernel_subsets=kernel_subsets,
                 download=download,
             )  # fmt: skip
@@ -190,6 +197,27 @@ def follow(
         temporary.write_bytes(draw_course(reports))
     _write_sheet(course, references, count, out)
     return course
+
+
+class _Remembering:
+    """A feature space that looks at a field once: the real ones come again with every checkpoint."""
+
+    def __init__(self, space: Extractor) -> None:
+        self.name, self.dim, self._space = space.name, space.dim, space
+        self._known: dict[bytes, Tensor] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        keys = [
+            hashlib.sha256(f"{tuple(one.shape)}".encode() + one.numpy().tobytes()).digest() for one in images
+        ]
+        new = [place for place, key in enumerate(keys) if key not in self._known]
+        if new:
+            for place, vector in zip(new, self._space(images[new]), strict=True):
+                self._known[keys[place]] = vector
+        return torch.stack([self._known[key] for key in keys])
+
+    def describe(self) -> dict[str, Any]:
+        return self._space.describe()
 
 
 def _checkpoints(run: Path) -> list[Checkpoint]:
