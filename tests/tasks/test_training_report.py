@@ -316,6 +316,18 @@ def test_a_recipe_cannot_put_code_into_the_page(run):
     assert "<script>alert(1)</script>" in page.text
 
 
+@pytest.mark.parametrize(("latents", "told"), [("latents-tiny", False), ("latents-sd3", True)])
+def test_names_for_the_published_layout_are_told_only_where_it_was_read(run, latents, told):
+    file = run / "recipe.yaml"
+    content = yaml.safe_load(file.read_text())
+    content.setdefault("data", {}).update(
+        latents=latents, published={"latents": "latents-sd3", "embeddings": "embeddings-uni2-h"}
+    )
+    file.write_text(yaml.safe_dump(content))
+    report_training(run)
+    assert ("embeddings-uni2-h" in (run / "report.html").read_text().split("<h2>Recipe")[0]) is told
+
+
 def test_a_training_ends_with_its_report_and_its_figures(recipe, tmp_path):
     chosen = recipe("trainer.report=true", "trainer.mfu=true", "trainer.steps=4", "trainer.keep_last=1")
     result = train(chosen, tmp_path / "run")

@@ -293,7 +293,10 @@ def _growth(growth: Mapping[str, Any] | None) -> str:
 
 def _data(history: RunHistory) -> str:
     facts = {key: value for key, value in history.data.items() if key != "made_by"}
-    known = flattened({"data": history.recipe.get("data", {}), **facts})
+    asked = dict(history.recipe.get("data", {}))
+    if asked.get("published", {}).get("latents") != asked.get("latents"):
+        asked.pop("published", None)  # names for a layout that this run did not read
+    known = flattened({"data": asked, **facts})
     makers = history.data.get("made_by", {})
     for kind, made_by in makers.items():
         maker = made_by.get("codec") or made_by.get("encoder") or {}
