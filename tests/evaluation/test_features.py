@@ -208,3 +208,12 @@ def test_the_untrained_space_sees_blur_and_colour_more_than_pictures_of_one_kind
 def test_weights_for_a_space_that_draws_its_own_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match="draws its weights from a seed"):
         load_extractor("random-vgg16", tmp_path / "weights.safetensors")
+
+
+def test_pictures_are_not_all_alike_to_the_untrained_space():
+    textures = features_module._textures(24, 96, seed=5)
+    features = load_extractor("random-vgg16")(textures)
+    directions = features / features.norm(dim=1, keepdim=True)
+    likeness = (directions @ directions.T)[~torch.eye(24, dtype=torch.bool)]
+    assert likeness.mean().abs() < 0.3  # as they come out of the network: 0.99
+    assert 0.5 < features.std(0).mean() < 2

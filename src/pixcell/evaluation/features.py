@@ -115,7 +115,9 @@ class RandomSpace:
 
     For pictures unlike those of ImageNet such features rank generators about as well as trained ones, and no
     generator is conditioned on them. Here the convolutions are followed by a mean over positions and a random
-    projection, instead of two random layers of 4096, so that any size of picture goes in.
+    projection, instead of two random layers of 4096, so that any size of picture goes in. All pictures are
+    nearly alike to such a network; so each feature is shifted and scaled by its mean and spread over
+    64 drawn textures, which are the same every time.
 
     Source: Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models"
     (https://arxiv.org/abs/2002.09797), section 4, the embedding "R64".
@@ -144,6 +146,9 @@ class RandomSpace:
         self._network = network.eval().to(device)
         self._projection = projection.to(device)
         self._device = device
+        self._centre, self._spread = torch.zeros(self.dim), torch.ones(self.dim)
+        drawn = torch.cat([self(part) for part in _textures(64, self._SIDE, self._SEED).split(16)])
+        self._centre, self._spread = drawn.mean(0), drawn.std(0)
 
     def __call__(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Return (batch, 64) float32 on the CPU."""
@@ -151,7 +156,8 @@ class RandomSpace:
             pixels = images.to(self._device).float() / 127.5 - 1
             size = (self._SIDE, self._SIDE)
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-            return self._projection(self._network(pixels).mean((2, 3))).float().cpu()
+            features = self._projection(self._network(pixels).mean((2, 3))).float().cpu()
+        return (features - self._centre) / self._spread
 
     def describe(self) -> dict[str, Any]:
         """Return name, seed, and the checksum of the weights that follow from it."""
@@ -161,8 +167,25 @@ class RandomSpace:
             "sha256": self._sha256,
             "seed": self._SEED,
             "resize": f"bilinear, antialiased, to {self._SIDE} x {self._SIDE}",
-            "layer": "last convolutions, mean over positions, random projection",
+            "layer": "last convolutions, mean over positions, random projection, standardised on textures",
         }
+
+
+def _textures(count: int, side: int, seed: int) -> UInt8[Tensor, "count 3 side side"]:
+    """Draw clouds with a falling spectrum, in the colours of H&E and around: a scale for features."""
+    generator = torch.Generator().manual_seed(seed)
+    frequency = (torch.fft.rfftfreq(side)[None] ** 2 + torch.fft.fftfreq(side)[:, None] ** 2).sqrt()
+    pink = torch.tensor([200.0, 150.0, 190.0])[:, None, None]
+    textures = []
+    for _ in range(count):
+        spectrum = torch.view_as_complex(torch.randn(3, side, side // 2 + 1, 2, generator=generator))
+        clouds = torch.fft.irfft2(spectrum / (frequency + 1 / side), s=(side, side))
+        mixed = torch.eye(3) + 0.4 * torch.randn(3, 3, generator=generator)
+        clouds = torch.einsum("ij,jhw->ihw", mixed, clouds / clouds.std())
+        contrast = 15 + 40 * torch.rand(1, generator=generator)
+        colour = pink + 30 * torch.randn(3, 1, 1, generator=generator)
+        textures.append((colour + contrast * clouds).clamp(0, 255).byte())
+    return torch.stack(textures)
 
 
 class EncoderSpace:
