@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,3 +244,22 @@ def test_a_mistake_inside_of_a_loader_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="a mistake of a programmer"), dead_loaders_are_errors(1):
         list(batches(Wrong(), workers=1))
+
+
+def test_a_program_ends_although_an_error_keeps_its_loader():
+    """Loaders ignore SIGTERM, by which Python would end them before it waits for them."""
+    program = f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+from test_loading import Points, batches
+
+class Wrong(Points):
+    def draw(self, indices, rngs):
+        raise RuntimeError("a mistake of a programmer")
+
+try:
+    list(batches(Wrong(), workers=1))
+except RuntimeError as error:
+    kept = error
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

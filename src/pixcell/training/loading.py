@@ -14,8 +14,11 @@ import contextlib
 import re
 import signal
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import torch
@@ -89,7 +92,9 @@ def load_batches(
         # DataLoader draws a seed for its workers; from here, not from the process's own chance.
         generator=torch.Generator().manual_seed(seed),
     )
-    for content in loader:
+    iterator = iter(loader)
+    _end_at_exit(getattr(iterator, "_workers", ()))
+    for content in iterator:
         if isinstance(content, _Failure):
             raise content.error
         dropped = content.pop(_DROPPED, ())
@@ -120,6 +125,26 @@ def dead_loaders_are_errors(workers: int) -> Iterator[None]:
             f"(/dev/shm). Lower trainer.workers (now {workers}; 0 needs no such processes) and run the same "
             "command again: it goes on from the last checkpoint."
         ) from error
+
+
+_processes: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+
+
+def _end_at_exit(workers: Iterable[BaseProcess]) -> None:
+    """See to it that loader processes end with the program.
+
+    They ignore SIGTERM, by which Python ends its children before it waits for them. While an error keeps
+    the loader, nothing else tells them to end, and the program would wait for ever.
+    """
+    if workers and not _processes:
+        Finalize(None, _kill_loaders, exitpriority=100)
+    _processes.update(workers)
+
+
+def _kill_loaders() -> None:
+    for process in list(_processes):
+        if process.is_alive():
+            process.kill()
 
 
 _DROPPED = "rows that could not be read"  # beside the keys of an objective, which are identifiers
