@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from pixcell.training.previews import write_line
 
 __all__ = ["SheetRow", "draw_contact_sheet"]
 
@@ -48,18 +50,18 @@ def draw_contact_sheet(
     height = 2 * _MARGIN + 28 + sum(lines) * (side + _LABEL + _GAP) + len(rows) * _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    _text(draw, (_MARGIN, _MARGIN), title, width - 2 * _MARGIN, 15, _INK)
+    write_line(draw, (_MARGIN, _MARGIN), title, width - 2 * _MARGIN, 15, _INK)
     top = _MARGIN + 28
     for row, num_lines in zip(rows, lines, strict=True):
         if row.reference is not None:
             _paste(sheet, row.reference, _MARGIN, top, side)
             draw.rectangle((_MARGIN - 3, top - 3, _MARGIN + side + 2, top + side + 2), outline=_MARK, width=3)
-            _text(draw, (_MARGIN, top + side + 4), f"reference: {row.name}", side, 12, _MARK)
+            write_line(draw, (_MARGIN, top + side + 4), f"reference: {row.name}", side, 12, _MARK)
         for index, (picture, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
             left = offset + index % columns * (side + _GAP)
             line_top = top + index // columns * (side + _LABEL + _GAP)
             _paste(sheet, picture, left, line_top, side)
-            _text(draw, (left, line_top + side + 4), label, side, 12, _INK)
+            write_line(draw, (left, line_top + side + 4), label, side, 12, _INK)
         top += num_lines * (side + _LABEL + _GAP) + _GAP
     return sheet
 
@@ -69,21 +71,3 @@ def _paste(sheet: Image.Image, picture: np.ndarray, left: int, top: int, side: i
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.LANCZOS)
     sheet.paste(image, (left, top))
-
-
-def _text(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    text: str,
-    width: int,
-    size: int,
-    ink: tuple[int, int, int],
-) -> None:
-    """Write a line, cut short with an ellipsis where it would run over ``width`` pixels."""
-    font = ImageFont.load_default(size)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # file names may hold newlines
-    if draw.textlength(text, font=font) > width:
-        while text and draw.textlength(text + "…", font=font) > width:
-            text = text[:-1]
-        text += "…"
-    draw.text(place, text, fill=ink, font=font)

@@ -37,7 +37,8 @@ from pixcell.provenance import save_synthetic_png
 from pixcell.tasks.evaluate import evaluate
 from pixcell.tasks.sample import sample
 from pixcell.training.checkpoints import Checkpoint
-from pixcell.training.objectives import picture_rows, spread_over
+from pixcell.training.objectives import spread_over
+from pixcell.training.previews import picture_rows
 
 __all__ = ["Course", "follow", "is_run"]
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from pixcell.config import load_recipe, save_recipe
 from pixcell.console import console, facts, is_main_process, table
-from pixcell.errors import OutputError, RecipeError, RunError
+from pixcell.errors import OutputError, PixCellError, RecipeError, RunError
 from pixcell.files import write_json, writing_to
 from pixcell.tasks.run_starts import noting_start
 from pixcell.tasks.training_report import report_training
@@ -244,8 +244,8 @@ def _noted(run: Path, trainer: Trainer, from_step: int) -> Iterator[dict[str, An
             finally:
                 end.setdefault("step", trainer.step)
     except BaseException:
-        # On a full disk there is no room for it either; the error that is on its way tells more.
-        with contextlib.suppress(OutputError):
+        # A full disk has no room for it, damaged records no page; the error on its way tells more.
+        with contextlib.suppress(PixCellError):
             _report(run, trainer)
         raise
     _report(run, trainer)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pixcell.provenance import read_provenance, save_synthetic_png
 
-__all__ = ["Preview", "picture_rows", "preview_path", "read_preview", "save_preview"]
+__all__ = ["Preview", "picture_rows", "preview_path", "read_preview", "save_preview", "write_line"]
 
 _GAP, _CAPTION, _TITLE, _SIZE = 4, 20, 28, 12
 _INK, _SOFT = (29, 36, 48), (93, 102, 117)
@@ -74,10 +74,10 @@ def picture_rows(rows: Mapping[str, Sequence[Picture]], names: Sequence[str] = (
     )
     pen = ImageDraw.Draw(sheet)
     for column, name in enumerate(names):
-        _write(pen, (column * (width + _GAP) + _GAP, 3), name, width, _SIZE, _SOFT)
+        write_line(pen, (column * (width + _GAP) + _GAP, 3), name, width, _SIZE, _SOFT)
     for row, (caption, pictures) in enumerate(rows.items()):
         top = head + row * (height + _CAPTION + _GAP)
-        _write(pen, (_GAP, top + 2), caption, sheet.width - 2 * _GAP, _SIZE, _INK)
+        write_line(pen, (_GAP, top + 2), caption, sheet.width - 2 * _GAP, _SIZE, _INK)
         for column, picture in enumerate(pictures):
             sheet.paste(Image.fromarray(picture), (column * (width + _GAP) + _GAP, top + _CAPTION))
     return np.asarray(sheet)
@@ -96,7 +96,7 @@ def save_preview(run: Path, step: int, preview: Preview, title: str) -> Sheet:
     """
     height, width = preview.picture.shape[:2]
     sheet = Image.new("RGB", (width, height + _TITLE), "white")
-    _write(ImageDraw.Draw(sheet), (_GAP, 6), title, width - 2 * _GAP, _SIZE + 2, _INK)
+    write_line(ImageDraw.Draw(sheet), (_GAP, 6), title, width - 2 * _GAP, _SIZE + 2, _INK)
     sheet.paste(Image.fromarray(preview.picture), (0, _TITLE))
     picture = np.asarray(sheet)
     layout = {**preview.layout, "top": preview.layout["top"] + _TITLE} if preview.layout else {}
@@ -130,7 +130,7 @@ def read_preview(path: Path) -> tuple[Sheet, dict[str, list[Picture]]]:
     return sheet, rows
 
 
-def _write(
+def write_line(
     pen: ImageDraw.ImageDraw,
     place: tuple[int, int],
     text: str,
@@ -140,7 +140,7 @@ def _write(
 ) -> None:
     """Write a line, cut short with an ellipsis where it would run over ``width`` pixels."""
     font = ImageFont.load_default(size)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # file names may hold newlines
     if pen.textlength(text, font=font) > width:
         while text and pen.textlength(f"{text}…", font=font) > width:
             text = text[:-1]
